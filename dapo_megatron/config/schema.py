@@ -1,0 +1,287 @@
+"""The one configuration of a run: pydantic sections, a docstring under each field (meaning, unit, source).
+
+Unknown keys are errors, values are frozen, what can be derived is a property. Rules that span sections live in `checks.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+from dapo_megatron.types import LossAggregation
+
+
+class Section(BaseModel):
+    """Base of all sections: closed, frozen, documented by attribute docstrings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class RunConfig(Section):
+    """Identity of the run."""
+
+    dir: Path = Path("runs/default")
+    """Run folder: metrics.jsonl, config.json, checkpoints/, logs/, tensorboard/."""
+    seed: int = Field(0, ge=0)
+    """Seeds data order, sampling and dropout. Same seed and layout: same metrics."""
+    prepare: str | None = None
+    """Import path `module:function`, called with the config before the checks; makes model.path and data.path when missing."""
+    max_restarts: int = Field(0, ge=0)
+    """How often `train` starts again from the newest checkpoint after a dead rank or engine."""
+
+
+class ModelConfig(Section):
+    """The policy: an HF directory. Its config.json is the only source of architecture."""
+
+    path: Path
+    """HF directory with config.json, safetensors weights and tokenizer files."""
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """Parameter and compute dtype of the actor; the optimizer keeps fp32 master weights."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Layer implementation. auto: transformer_engine where CUDA and the package exist, else local."""
+
+
+class DataConfig(Section):
+    """Training prompts."""
+
+    path: str
+    """JSONL or parquet file, or the name of a data set on a hub."""
+    split: str = "train"
+    """Split, for a hub data set."""
+    prompt_field: str | None = None
+    """Column with the problem (text or chat messages). None: `prompt`, `problem` or `question`, whichever exists."""
+    answer_field: str | None = None
+    """Column with the ground truth, dots descend (`reward_model.ground_truth`). None: that one or `answer`."""
+    answer_pattern: str | None = None
+    """Regular expression whose first group, searched in the answer column, is the ground truth; rows without a match are malformed."""
+    prompt_template: str = "{problem}"
+    """Text put around a plain-text problem. `{problem}` is replaced."""
+    chat_template: bool = True
+    """Apply the tokenizer's chat template. False: the text is tokenised as it is."""
+    max_prompt_tokens: PositiveInt = 1024
+    """Longer prompts are left out (and counted)."""
+    max_malformed_fraction: float = Field(0.01, ge=0, le=1)
+    """Share of unreadable rows above which the run refuses to start."""
+    shuffle: bool = True
+    """New order each epoch, derived from run.seed."""
+
+
+class RewardConfig(Section):
+    """Rule-based reward. `dapo` is the released rule (Answer: N); `math` adds math-verify on what that rule extracted."""
+
+    type: Literal["dapo", "math", "exact", "custom"] = "math"
+    """dapo: released string rule. math: that rule, then math-verify. exact: stripped response equals the answer. custom: `function`."""
+    function: str | None = None
+    """Import path `module:function` for type custom: (response: str, answer: str) -> Score | float (> 0 means correct)."""
+    correct_reward: float = 1.0
+    """Reward of a correct response (paper eq. 7)."""
+    wrong_reward: float = -1.0
+    """Reward of a wrong response (paper eq. 7)."""
+    num_workers: PositiveInt = 2
+    """Verifier processes."""
+    timeout_seconds: float = Field(5.0, gt=0)
+    """Wall-clock limit of one verdict; a worker over it is killed, the sample counts as wrong."""
+    max_response_chars: PositiveInt = 100_000
+    """Only this many trailing characters of a response are scored."""
+    memory_limit_mib: PositiveInt = 2048
+    """Address-space growth a worker may use above its size at start, in MiB."""
+
+
+class AlgoConfig(Section):
+    """DAPO (arXiv 2503.14476)."""
+
+    clip_ratio_low: float = Field(0.2, ge=0, lt=1)
+    """Lower clip: ratio >= 1 - clip_ratio_low. Paper: 0.2."""
+    clip_ratio_high: float = Field(0.28, ge=0)
+    """Clip-higher: ratio <= 1 + clip_ratio_high. Paper: 0.28."""
+    dual_clip: float | None = Field(None, gt=1)
+    """Bound c of dual clip: for negative advantages the objective is not below c * A (arXiv 1912.09729). None: off, as in the paper."""
+    loss_aggregation: LossAggregation = "token_mean"
+    """token_mean: all trained tokens of the optimizer step (the release). prompt_mean: eq. 8 read literally. sample_mean: GRPO."""
+    normalize_advantage_by_std: bool = True
+    """Divide by the group's standard deviation (eq. 9). False: mean-centred only."""
+    advantage_std: Literal["population", "sample"] = "sample"
+    """Divisor G (population) or G - 1 (sample, what the release computes)."""
+    dynamic_sampling: bool = True
+    """Drop groups whose accuracy is 0 or 1 and sample on until num_prompts_per_step are left."""
+    overlong_cache_tokens: int = Field(0, ge=0)
+    """L_cache of soft overlong punishment (eq. 13): the penalty grows over the last so many tokens before max_response_tokens. 0: off."""
+    overlong_filtering: bool = False
+    """Leave truncated samples out of the loss."""
+    entropy_coefficient: float = Field(0.0, ge=0)
+    """Weight of an entropy bonus per trained token. Paper: 0."""
+    old_log_probs: Literal["actor", "engine"] = "actor"
+    """actor: a forward pass with the weights that sampled. engine: the log-probs the engine reported."""
+
+
+class TrainConfig(Section):
+    """Sizes of a step."""
+
+    num_rollout_steps: PositiveInt = 100
+    """Rollout steps of the run."""
+    num_prompts_per_step: PositiveInt = 512
+    """Groups trained on per rollout step. Paper: 512."""
+    num_samples_per_prompt: int = Field(16, ge=2)
+    """G, samples per prompt. Paper: 16."""
+    num_updates_per_rollout: PositiveInt = 16
+    """Optimizer steps per rollout step. Paper: 16."""
+    stop_at_accuracy: float | None = Field(None, gt=0, le=1)
+    """End the run when the mean rollout/accuracy of the last 10 steps reaches this."""
+
+
+class OptimizerConfig(Section):
+    """AdamW with linear warm-up, then a constant learning rate."""
+
+    lr: float = Field(1e-6, gt=0)
+    """Learning rate after warm-up. Paper: 1e-6."""
+    num_warmup_rollout_steps: int = Field(20, ge=0)
+    """Rollout steps over which lr grows linearly from 0. Paper: 20."""
+    weight_decay: float = Field(0.1, ge=0)
+    """AdamW weight decay (matrices only). Release: 0.1."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW beta1."""
+    beta2: float = Field(0.999, ge=0, lt=1)
+    """AdamW beta2."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW epsilon."""
+    clip_grad: float = Field(1.0, ge=0)
+    """Global gradient norm bound; 0: no clipping. Release: 1.0."""
+
+
+class ActorConfig(Section):
+    """The megatron-core ranks that train."""
+
+    num_ranks: PositiveInt | None = None
+    """Processes (one GPU each on GPUs). None: tensor x pipeline x context, so data_parallel_size 1."""
+    tensor_parallel_size: PositiveInt = 1
+    """TP."""
+    pipeline_parallel_size: PositiveInt = 1
+    """PP."""
+    virtual_pipeline_size: PositiveInt | None = None
+    """VPP: model chunks per pipeline rank. None: no interleaving."""
+    context_parallel_size: Literal[1] = 1
+    """CP. Only 1 today."""
+    expert_parallel_size: Literal[1] = 1
+    """EP. Only 1 today."""
+    sequence_parallel: bool = False
+    """Shard activations outside attention and MLP over the tensor-parallel ranks. Needs tensor_parallel_size > 1."""
+    use_distributed_optimizer: bool = True
+    """Shard optimizer state over data-parallel ranks."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recompute: selective recomputes core attention, full every layer."""
+    max_tokens_per_micro_batch: PositiveInt = 16384
+    """Packed tokens of one micro-batch; a longer single sequence gets a micro-batch of its own."""
+    log_prob_chunk_tokens: PositiveInt = 1024
+    """Tokens whose logits exist at the same time in the LM head."""
+    num_threads: PositiveInt = 1
+    """CPU threads of a rank."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    megatron_extra: dict[str, Any] = {}
+    """Further fields of megatron-core's TransformerConfig, passed through; names are checked."""
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.context_parallel_size
+
+    @property
+    def world_size(self) -> int:
+        """Actor ranks of the run."""
+        return self.num_ranks or self.model_parallel_size
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Copies of the model; `checks.py` proves that it divides."""
+        return self.world_size // self.model_parallel_size
+
+
+class HfEngineConfig(Section):
+    """Embedded engine: a transformers model with continuous batching. For one machine, CPU or GPU."""
+
+    type: Literal["hf"] = "hf"
+    max_batch_size: PositiveInt = 256
+    """Sequences decoded together."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Compute dtype of the engine."""
+    num_threads: PositiveInt | None = None
+    """CPU threads. None: the cores of the machine divided by num_engines."""
+
+
+class RolloutConfig(Section):
+    """Generation of responses."""
+
+    engine: HfEngineConfig = HfEngineConfig()
+    num_engines: PositiveInt = 1
+    """Engines; requests are spread over them."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature; the actor's log-probs use the same. Paper: 1.0."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus. Paper: 1.0."""
+    top_k: PositiveInt | None = None
+    """Keep the k most likely tokens. None: all."""
+    max_response_tokens: PositiveInt = 20480
+    """Generation stops here (truncated). Paper: 20480."""
+    max_over_sampling: float = Field(8.0, ge=1)
+    """Groups generated for one step, in multiples of num_prompts_per_step; at the limit the step is smaller, with a warning."""
+    max_staleness: int = Field(1, ge=0)
+    """A surplus group may be trained on when its tokens are at most so many weight versions old."""
+    weight_bucket_mib: PositiveInt = 512
+    """Size of one piece of the weight sync, in MiB."""
+
+
+class CheckpointConfig(Section):
+    """Saving and resuming."""
+
+    every: int = Field(50, ge=0)
+    """Rollout steps between checkpoints; the last step is saved too. 0: none at all."""
+    keep_last: PositiveInt = 2
+    """Complete checkpoints kept."""
+    resume: bool = True
+    """Go on from the newest complete checkpoint in the run folder. False: the folder must hold none."""
+    load: Path | None = None
+    """Start from this checkpoint of another run (weights, optimizer and position). An unusable path is an error."""
+
+
+class MetricsConfig(Section):
+    """Where metrics go besides metrics.jsonl."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events to the run folder."""
+    wandb_project: str | None = None
+    """Weights & Biases project. None: off."""
+
+
+class ClusterConfig(Section):
+    """Ray and placement."""
+
+    ray_address: str | None = None
+    """Address of a running Ray cluster. None: a local Ray for this run."""
+    placement: Literal["colocated", "split"] = "colocated"
+    """colocated: engines share the actor's devices and take turns. split: their own."""
+    startup_deadline_seconds: float = Field(600.0, gt=0)
+    """Longest time for ranks and engines to come up."""
+    phase_deadline_seconds: float = Field(3600.0, gt=0)
+    """Longest time of one phase (rollout, train, sync, save) before the run ends with an error that names it."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    data: DataConfig
+    reward: RewardConfig = RewardConfig()
+    algo: AlgoConfig = AlgoConfig()
+    train: TrainConfig = TrainConfig()
+    actor: ActorConfig = ActorConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Longest prompt plus longest response."""
+        return self.data.max_prompt_tokens + self.rollout.max_response_tokens
