@@ -157,5 +157,9 @@ class EngineError(DapoMegatronError):
     """A rollout engine failed or did not answer in time."""
 
 
+class NumericsError(DapoMegatronError):
+    """A loss or gradient is not finite; the weights of this process must not be used any more."""
+
+
 class WorkerDiedError(DapoMegatronError):
     """A process of the run ended; the message names it and quotes its last log lines."""

@@ -1,0 +1,1 @@
+"""megatron-core ranks: build, load, train, checkpoint, send weights."""

@@ -1,0 +1,186 @@
+"""Lets unmodified megatron-core 0.19.2 run on a machine without CUDA, over gloo. Off wherever CUDA exists. See UPSTREAM.md.
+
+megatron-core names the device "cuda" in literals and calls torch.cuda directly. `install` adds an import hook that compiles
+`megatron.*` from a syntax tree in which those names mean the CPU. Neither torch nor the files of megatron-core are changed,
+and nothing is slower at run time. What the tree rewriting does:
+
+    "cuda", f"cuda:{i}"           -> "cpu"
+    "torch.cuda.FloatTensor"      -> "torch.FloatTensor"
+    torch.cuda                    -> CpuDevice below
+    x.cuda(...), x.is_cuda        -> x.cpu(), x.is_cpu
+    f(..., pin_memory=...)        -> f(...)
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.abc
+import importlib.machinery
+import logging
+import sys
+import warnings
+from contextlib import nullcontext
+from types import CodeType, ModuleType
+
+import torch
+
+_DEVICE_NAME = "__cpu_device__"
+
+
+class _NoStream:
+    """A stream or event of a device that has none: every method returns the object itself."""
+
+    def __init__(self, *_: object, **__: object):
+        pass
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *_, **__: self
+
+    def __enter__(self) -> _NoStream:
+        return self
+
+    def __exit__(self, *_: object) -> bool:
+        return False
+
+
+class CpuDevice:
+    """What `torch.cuda` is inside megatron-core; names not listed here are the real torch.cuda's."""
+
+    Stream = Event = _NoStream
+    default_generators = (torch.default_generator,)
+
+    @staticmethod
+    def current_device() -> torch.device:
+        return torch.device("cpu")
+
+    @staticmethod
+    def device_count() -> int:
+        return 1
+
+    @staticmethod
+    def current_stream(*_: object) -> _NoStream:
+        return _NoStream()
+
+    @staticmethod
+    def stream(_: object) -> nullcontext:
+        return nullcontext()
+
+    @staticmethod
+    def is_current_stream_capturing() -> bool:
+        return False
+
+    @staticmethod
+    def synchronize(*_: object) -> None:
+        pass
+
+    empty_cache = set_device = synchronize
+
+    @staticmethod
+    def manual_seed(seed: int) -> None:
+        torch.default_generator.manual_seed(seed)
+
+    @staticmethod
+    def get_rng_state(*_: object, **__: object) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    @staticmethod
+    def set_rng_state(state: torch.Tensor, *_: object, **__: object) -> None:
+        torch.set_rng_state(state)
+
+    def __getattr__(self, name: str):
+        return getattr(torch.cuda, name)
+
+
+class _ToCpu(ast.NodeTransformer):
+    """The rewriting listed in the module's docstring."""
+
+    def visit_Constant(self, node: ast.Constant) -> ast.Constant:
+        if node.value == "cuda":
+            node.value = "cpu"
+        elif isinstance(node.value, str) and node.value.startswith("torch.cuda.") and node.value.endswith("Tensor"):
+            node.value = node.value.replace("torch.cuda.", "torch.")
+        return node
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.expr:
+        first = node.values[0] if node.values else None
+        if isinstance(first, ast.Constant) and first.value == "cuda:":
+            return ast.copy_location(ast.Constant("cpu"), node)
+        for value in node.values:  # the literal parts of messages keep their text
+            if isinstance(value, ast.FormattedValue):
+                self.generic_visit(value)
+        return node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        self.generic_visit(node)
+        if node.attr == "is_cuda":
+            node.attr = "is_cpu"
+        elif node.attr == "cuda" and isinstance(node.value, ast.Name) and node.value.id == "torch":
+            return ast.copy_location(ast.Name(_DEVICE_NAME, node.ctx), node)
+        return node
+
+    def visit_Call(self, node: ast.Call) -> ast.Call:
+        self.generic_visit(node)
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "cuda":
+            node.func.attr, node.args, node.keywords = "cpu", [], []
+        node.keywords = [keyword for keyword in node.keywords if keyword.arg != "pin_memory"]
+        return node
+
+
+class _CpuLoader(importlib.machinery.SourceFileLoader):
+    """Compiles a megatron module from its rewritten tree; writes no bytecode cache."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        path = self.get_filename(fullname)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)
+            tree = ast.fix_missing_locations(_ToCpu().visit(ast.parse(self.get_data(path), path)))
+            return compile(tree, path, "exec", dont_inherit=True)
+
+    def exec_module(self, module: ModuleType) -> None:
+        setattr(module, _DEVICE_NAME, CpuDevice())
+        super().exec_module(module)
+        if module.__name__ == "megatron.core.jit":
+            module.disable_jit_fuser()  # torch.compile would call a C++ compiler for every fused function
+        elif module.__name__ == "megatron.core.tensor_parallel.random":
+            # These two go through torch's lazy CUDA queue, which never runs without a device.
+            module._get_cuda_rng_state = CpuDevice.get_rng_state  # type: ignore[attr-defined]
+            module._set_cuda_rng_state = CpuDevice.set_rng_state  # type: ignore[attr-defined]
+
+
+class _CpuFinder(importlib.abc.MetaPathFinder):
+    def find_spec(self, fullname, path=None, target=None):
+        if not fullname.startswith("megatron."):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec and type(spec.loader) is importlib.machinery.SourceFileLoader:
+            spec.loader = _CpuLoader(spec.loader.name, spec.loader.path)
+        return spec
+
+
+def install() -> None:
+    """Make later imports of megatron run on the CPU; nothing where CUDA exists or when installed already.
+
+    Raises RuntimeError when megatron.core was imported before: those modules would still want CUDA.
+    """
+    if torch.cuda.is_available() or any(isinstance(finder, _CpuFinder) for finder in sys.meta_path):
+        return
+    if any(name.startswith("megatron.core") for name in sys.modules):
+        raise RuntimeError("cpu_adapter.install() must run before the first import of megatron.core")
+    sys.meta_path.insert(0, _CpuFinder())
+    _silence()
+
+
+def _silence() -> None:
+    """megatron-core's advice about GPUs and optional packages, which cannot apply here."""
+    for category in (UserWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"megatron\.core(\.|$)")
+    warnings.filterwarnings("ignore", r".*torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)", FutureWarning)
+    for name in (
+        "torch.utils.cpp_extension",
+        "megatron.core.tensor_parallel.random",
+        "megatron.core.models.gpt.gpt_model",
+        "megatron.core.dist_checkpointing.strategies.torch",
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)

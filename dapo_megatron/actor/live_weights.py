@@ -1,0 +1,70 @@
+"""The parameters of live ranks as boxes in megatron-core's global coordinates, and loading an HF directory into them.
+
+megatron-core itself is asked where each local tensor lies (`sharded_state_dict`), so no layout is known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
+
+from dapo_megatron.weights.hf_files import HfFiles
+from dapo_megatron.weights.plan import Box, ModelMapping, import_plan, padding_slices
+
+SHARDING = {"non_homogeneous_layers": True}
+"""megatron-core metadata: a name per layer with its global index, instead of one tensor stacked over layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class LiveBox:
+    """A piece of a parameter on this rank: `data` is a view of the parameter's memory, `is_owner` on one rank of its replicas."""
+
+    box: Box
+    data: Tensor
+    is_owner: bool
+
+
+def live_boxes(modules: Sequence[GPTModel]) -> list[LiveBox]:
+    """Every parameter of this rank's chunks, in a fixed order."""
+    return [
+        LiveBox(
+            Box(tensor.key, tuple(tensor.global_offset), tuple(tensor.local_shape), tuple(tensor.global_shape)),
+            tensor.data.detach(),
+            is_main_replica(tensor.replica_id),
+        )
+        for module in modules
+        for value in module.sharded_state_dict(metadata=SHARDING).values()
+        for tensor in _tensors(value)
+    ]
+
+
+def load_hf(modules: Sequence[GPTModel], mapping: ModelMapping, directory: Path) -> None:
+    """Fill this rank's parameters from an HF directory, reading only the slices it holds; padding becomes zero."""
+    live = live_boxes(modules)
+    files = HfFiles(directory)
+    files.check(mapping)
+    boxes = [item.box for item in live]
+    with torch.no_grad():
+        for item in live:
+            padding = padding_slices(mapping, item.box)
+            if padding is not None:
+                item.data[padding] = 0
+        for copy in import_plan(mapping, boxes):
+            live[copy.box_index].data[copy.box_slices].copy_(files.read(copy.hf_name, copy.hf_slices))
+
+
+def _tensors(value: Any) -> Iterator[ShardedTensor]:
+    """The tensors of one entry; a factory (gated linear_fc1) is built into its pieces, which are views."""
+    if isinstance(value, ShardedTensorFactory):
+        built = value.build()
+        for item in built.values() if isinstance(built, dict) else built:
+            yield from _tensors(item)
+    elif isinstance(value, ShardedTensor):
+        yield value

@@ -1,0 +1,93 @@
+"""A micro-batch as tensors on this rank. Shape letters: T packed tokens, R trained tokens of the micro-batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from dapo_megatron.models.packed import pack_sequences
+from dapo_megatron.models.spec import Implementation
+from dapo_megatron.types import MicroBatch
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatchTensors:
+    """What the forward pass and the loss need.
+
+    `input_ids` [1, T]; `rows` [R] are the packed positions whose successor `targets` [R] is trained on; `advantages`,
+    `loss_weights` and `rollout_log_probs` are fp32 [R]. A micro-batch without samples has one dummy token and R = 0.
+    """
+
+    input_ids: Tensor
+    packed: PackedSeqParams
+    rows: Tensor
+    targets: Tensor
+    advantages: Tensor
+    loss_weights: Tensor
+    rollout_log_probs: Tensor
+
+
+def to_tensors(
+    samples: MicroBatch, *, device: torch.device, implementation: Implementation, pad_to_multiple: int
+) -> MicroBatchTensors:
+    """Pack the samples of a micro-batch end to end; T is padded to a multiple (sequence parallelism shards it)."""
+    lengths = [len(sample.token_ids) for sample in samples]
+    total = sum(lengths)
+    padding = -total % pad_to_multiple if total else pad_to_multiple
+    if padding:  # a sequence of its own, so that no real token attends to it
+        lengths.append(padding)
+    input_ids = np.zeros(total + padding, dtype=np.int64)
+    rows, targets, per_sample = [], [], []
+    start = 0
+    for sample in samples:
+        tokens = np.asarray(sample.token_ids, dtype=np.int64)
+        end = start + len(tokens)
+        input_ids[start:end] = tokens
+        rows.append(np.arange(start + sample.num_prompt_tokens - 1, end - 1))
+        targets.append(tokens[sample.num_prompt_tokens :])
+        per_sample.append(
+            np.stack(
+                [
+                    np.full(sample.num_loss_tokens, sample.advantage),
+                    np.full(sample.num_loss_tokens, sample.loss_weight),
+                    np.asarray(sample.rollout_log_probs),
+                ]
+            )
+        )
+        start = end
+    floats = np.concatenate([np.zeros((3, 0)), *per_sample], axis=1).astype(np.float32)
+    advantages, loss_weights, rollout_log_probs = torch.from_numpy(floats).to(device)
+    return MicroBatchTensors(
+        input_ids=torch.from_numpy(input_ids)[None].to(device),
+        packed=_packed(lengths, device, implementation),
+        rows=_long(rows, device),
+        targets=_long(targets, device),
+        advantages=advantages,
+        loss_weights=loss_weights,
+        rollout_log_probs=rollout_log_probs,
+    )
+
+
+def _long(parts: list[np.ndarray], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *parts])).to(device)
+
+
+def _packed(lengths: list[int], device: torch.device, implementation: Implementation) -> PackedSeqParams:
+    if implementation == "local":
+        packed = pack_sequences(lengths)
+        packed.positions, packed.gather, packed.scatter = (
+            tensor.to(device) for tensor in (packed.positions, packed.gather, packed.scatter)
+        )
+        return packed
+    boundaries = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device=device)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=boundaries,
+        cu_seqlens_kv=boundaries,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+    )

@@ -1,0 +1,45 @@
+"""Process groups and random streams of an actor rank."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from dapo_megatron.config.schema import ActorConfig
+
+
+def initialize(actor: ActorConfig, *, rank: int, init_method: str, timeout_seconds: float, seed: int) -> torch.device:
+    """Join the actor's world (`init_method`, e.g. tcp://host:port) and build megatron-core's groups. Returns this rank's device."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    torch.set_num_threads(actor.num_threads)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=init_method,
+        rank=rank,
+        world_size=actor.world_size,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=actor.tensor_parallel_size,
+        pipeline_model_parallel_size=actor.pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=actor.virtual_pipeline_size,
+        context_parallel_size=actor.context_parallel_size,
+        expert_model_parallel_size=actor.expert_parallel_size,
+    )
+    model_parallel_cuda_manual_seed(seed)
+    return device
+
+
+def destroy() -> None:
+    """Leave all groups."""
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def holds_loss() -> bool:
+    """True on one rank per data-parallel copy: last pipeline stage, first tensor-parallel rank."""
+    return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0

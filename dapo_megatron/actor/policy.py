@@ -1,0 +1,70 @@
+"""The trainable policy of one rank: model chunks under megatron-core's DDP, optimizer, LM head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from dapo_megatron.actor.optimizer import build_optimizer
+from dapo_megatron.actor.step import LmHead
+from dapo_megatron.config.schema import Config
+from dapo_megatron.models.architecture import Architecture
+from dapo_megatron.models.build import build_model
+from dapo_megatron.models.spec import DTYPES, Implementation, choose_implementation, transformer_config
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """`modules` are the bare GPTModel chunks, `chunks` the same wrapped in DDP."""
+
+    architecture: Architecture
+    implementation: Implementation
+    modules: list[GPTModel]
+    chunks: list[Any]
+    optimizer: MegatronOptimizer
+    head: LmHead
+    config: TransformerConfig
+
+    @property
+    def pack_multiple(self) -> int:
+        """Packed lengths must be a multiple of this."""
+        return self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+
+    def zero_grad(self) -> None:
+        """Clear gradient buffers and the optimizer's gradients."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+
+def build_modules(architecture: Architecture, config: Config, device: torch.device) -> tuple[list[GPTModel], TransformerConfig]:
+    """Model chunks of this rank on its device, parameters zero until loaded."""
+    settings = transformer_config(architecture, config.model, config.actor)
+    modules = build_model(architecture, settings, choose_implementation(config.model))
+    for module in modules:
+        module.to(device=device, dtype=DTYPES[config.model.dtype])
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.zero_()
+    return modules, settings
+
+
+def wrap(modules: list[GPTModel], settings: TransformerConfig, architecture: Architecture, config: Config) -> Policy:
+    """Put loaded modules under DDP and an optimizer. The optimizer copies fp32 master weights here, so load first."""
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=config.actor.use_distributed_optimizer
+    )
+    chunks = [
+        DistributedDataParallel(settings, ddp, module, disable_bucketing=index > 0) for index, module in enumerate(modules)
+    ]
+    optimizer = build_optimizer(chunks, config.actor, config.model)
+    settings.finalize_model_grads_func = finalize_model_grads
+    settings.grad_scale_func = optimizer.scale_loss
+    head = LmHead(architecture.vocab_size, config.rollout.temperature, config.actor.log_prob_chunk_tokens)
+    return Policy(architecture, choose_implementation(config.model), modules, chunks, optimizer, head, settings)

@@ -1,0 +1,84 @@
+"""Turns live parameters into buckets of HF tensors: the copy plan is compiled once and replayed for every version."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dapo_megatron.actor.live_weights import LiveBox
+from dapo_megatron.weights.plan import ModelMapping
+from dapo_megatron.weights.sync import (
+    BucketPlan,
+    ManifestBuilder,
+    SendChunk,
+    WeightBucket,
+    WeightManifest,
+    compile_send_plan,
+)
+
+ASSEMBLER = 0
+"""Rank that puts the chunks of all ranks together."""
+
+
+class WeightSender:
+    """One per rank, collective. Extra memory: one bucket on the assembler, one bucket's own part on the others."""
+
+    def __init__(self, mapping: ModelMapping, live: Sequence[LiveBox], bucket_bytes: int):
+        self._mapping = mapping
+        self._owned = [item for item in live if item.is_owner]
+        boxes_by_rank: list = [None] * dist.get_world_size()
+        dist.all_gather_object(boxes_by_rank, [item.box for item in self._owned])
+        self._dtype = live[0].data.dtype
+        self._device = live[0].data.device
+        self._plan = compile_send_plan(mapping, boxes_by_rank, bucket_bytes, self._dtype.itemsize)
+
+    def send(self, version: int) -> Iterator[WeightBucket | WeightManifest]:
+        """Yields the buckets and the manifest of the present weights on the assembler, nothing on other ranks."""
+        manifest = ManifestBuilder(self._mapping.hf_tensors, version)
+        for plan in self._plan.buckets:
+            if dist.get_rank() != ASSEMBLER:
+                self._send_own_part(plan)
+                continue
+            bucket = WeightBucket(version, str(self._dtype).removeprefix("torch."), plan.pieces, self._assemble(plan))
+            manifest.add(bucket)
+            yield bucket
+        if dist.get_rank() == ASSEMBLER:
+            yield manifest.build()
+
+    def _send_own_part(self, plan: BucketPlan) -> None:
+        chunks = plan.chunks_by_rank.get(dist.get_rank())
+        if chunks:
+            dist.send(torch.cat([self._source(chunk).flatten() for chunk in chunks]), dst=ASSEMBLER)
+
+    def _assemble(self, plan: BucketPlan):
+        """The bucket's payload, a uint8 numpy array of its own."""
+        payload = torch.empty(plan.num_bytes // self._dtype.itemsize, dtype=self._dtype)
+        for rank, chunks in plan.chunks_by_rank.items():
+            if rank == ASSEMBLER:
+                sources = [self._source(chunk) for chunk in chunks]
+            else:
+                received = torch.empty(sum(_num_elements(chunk) for chunk in chunks), dtype=self._dtype, device=self._device)
+                dist.recv(received, src=rank)
+                sources = list(received.cpu().split([_num_elements(chunk) for chunk in chunks]))
+            for chunk, source in zip(chunks, sources, strict=True):
+                target = self._piece(plan, chunk.piece_index, payload)[chunk.piece_slices]
+                target.copy_(source.reshape(target.shape))
+        return payload.view(torch.uint8).numpy()
+
+    def _source(self, chunk: SendChunk) -> Tensor:
+        return self._owned[chunk.box_index].data[chunk.box_slices]
+
+    def _piece(self, plan: BucketPlan, index: int, payload: Tensor) -> Tensor:
+        """The piece as rows of its HF tensor."""
+        piece = plan.pieces[index]
+        start = piece.byte_offset // self._dtype.itemsize
+        count = piece.num_bytes // self._dtype.itemsize
+        return payload[start : start + count].view(piece.num_rows, *self._mapping.hf_tensors[piece.name][1:])
+
+
+def _num_elements(chunk: SendChunk) -> int:
+    return math.prod(part.stop - part.start for part in chunk.piece_slices)

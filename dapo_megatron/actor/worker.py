@@ -1,0 +1,126 @@
+"""One actor rank as an object: what the launcher calls on every rank at the same time.
+
+Importing this module imports megatron-core; call `cpu_adapter.install()` first.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+
+from dapo_megatron.actor import checkpoint, parallel
+from dapo_megatron.actor.live_weights import live_boxes, load_hf
+from dapo_megatron.actor.micro_batch import MicroBatchTensors, to_tensors
+from dapo_megatron.actor.optimizer import learning_rate, set_learning_rate
+from dapo_megatron.actor.policy import Policy, build_modules, wrap
+from dapo_megatron.actor.step import LossStatistics, compute_log_probs, train_micro_batches
+from dapo_megatron.actor.weight_sender import WeightSender
+from dapo_megatron.config.schema import Config
+from dapo_megatron.models.architecture import Architecture
+from dapo_megatron.types import NumericsError, OptimizerStepBatch, TrainBatch
+from dapo_megatron.weights.plan import compile_mapping
+from dapo_megatron.weights.sync import WeightBucket, WeightManifest
+
+
+class ActorWorker:
+    """The policy's part on this rank. All methods are collective: call them on every rank, in the same order."""
+
+    def __init__(self, config: Config, *, rank: int, init_method: str):
+        """Join the world and load the HF directory into this rank's parameters."""
+        self._config = config
+        hf_config = json.loads((config.model.path / "config.json").read_text())
+        architecture, self.mapping = Architecture.from_hf(hf_config), compile_mapping(hf_config)
+        self._device = parallel.initialize(
+            config.actor,
+            rank=rank,
+            init_method=init_method,
+            timeout_seconds=config.cluster.phase_deadline_seconds,
+            seed=config.run.seed,
+        )
+        modules, settings = build_modules(architecture, config, self._device)
+        load_hf(modules, self.mapping, config.model.path)
+        self.policy: Policy = wrap(modules, settings, architecture, config)
+        self._sender = WeightSender(self.mapping, live_boxes(modules), config.rollout.weight_bucket_mib * 2**20)
+
+    def train(self, batch: TrainBatch, rollout_step: int) -> dict[str, float]:
+        """Old log-probs, then one optimizer step per entry of the batch. Returns the actor's metrics, equal on all ranks.
+
+        Raises NumericsError when a gradient norm is not finite; the weights are spoiled then.
+        """
+        lr = learning_rate(self._config.actor, rollout_step)
+        set_learning_rate(self.policy.optimizer, lr)
+        steps = [self.tensors(step) for step in batch.optimizer_steps]
+        old_log_probs = self._old_log_probs(steps)
+        statistics, grad_norms = [], []
+        for index, micro_batches in enumerate(steps):
+            self.policy.zero_grad()
+            statistics.append(
+                train_micro_batches(self.policy.chunks, micro_batches, self.policy.head, self._config.algo, old_log_probs[index])
+            )
+            _, grad_norm, _ = self.policy.optimizer.step()
+            if not math.isfinite(grad_norm):
+                raise NumericsError(
+                    f"actor/grad_norm is {grad_norm} in optimizer step {index} of rollout step {rollout_step}; the run goes on from its "
+                    "newest checkpoint, lower actor.optimizer.lr if it happens again"
+                )
+            grad_norms.append(float(grad_norm))
+        return _metrics(statistics, grad_norms, lr)
+
+    def send_weights(self, version: int) -> Iterator[WeightBucket | WeightManifest]:
+        """The policy in HF layout: buckets, then the manifest with fingerprints. Yields on rank 0 only."""
+        yield from self._sender.send(version)
+
+    def save(self, directory: Path) -> None:
+        """Write weights, optimizer and random streams."""
+        checkpoint.save(self.policy, directory)
+
+    def load(self, directory: Path) -> None:
+        """Read what `save` wrote, under this layout or another."""
+        checkpoint.load(self.policy, directory)
+
+    def close(self) -> None:
+        """Leave the process groups."""
+        parallel.destroy()
+
+    def tensors(self, step: OptimizerStepBatch) -> list[MicroBatchTensors]:
+        rank = parallel_state.get_data_parallel_rank()
+        return [
+            to_tensors(
+                samples,
+                device=self._device,
+                implementation=self.policy.implementation,
+                pad_to_multiple=self.policy.pack_multiple,
+            )
+            for samples in step.micro_batches[rank]
+        ]
+
+    def _old_log_probs(self, steps: Sequence[Sequence[MicroBatchTensors]]) -> list[list[torch.Tensor] | None]:
+        """Per optimizer step. None where the training forward pass itself gives them: the first step has the weights that sampled."""
+        if self._config.algo.old_log_probs == "engine":
+            return [[batch.rollout_log_probs for batch in step] for step in steps]
+        later = [compute_log_probs(self.policy.chunks, step, self.policy.head) for step in steps[1:]]
+        return [None, *later]
+
+
+def _metrics(statistics: Sequence[LossStatistics], grad_norms: Sequence[float], lr: float) -> dict[str, float]:
+    """Means are over the trained tokens of all optimizer steps, except loss and grad_norm: over optimizer steps."""
+    tokens = sum(step.num_loss_tokens for step in statistics)
+    return {
+        "actor/loss": sum(step.loss_sum / step.num_loss_tokens for step in statistics) / len(statistics),
+        "actor/grad_norm": sum(grad_norms) / len(grad_norms),
+        "actor/entropy_nats": sum(step.entropy_sum for step in statistics) / tokens,
+        "actor/mean_probability": sum(step.probability_sum for step in statistics) / tokens,
+        "actor/clip_fraction_low": sum(step.num_clipped_low for step in statistics) / tokens,
+        "actor/clip_fraction_high": sum(step.num_clipped_high for step in statistics) / tokens,
+        "actor/ratio_max": max(step.ratio_max for step in statistics),
+        "actor/log_prob_diff_mean": sum(step.log_prob_diff_sum for step in statistics) / tokens,
+        "actor/log_prob_diff_max": max(step.log_prob_diff_max for step in statistics),
+        "actor/learning_rate": lr,
+        "actor/num_optimizer_steps": len(statistics),
+        "actor/num_loss_tokens": tokens,
+    }

@@ -1,0 +1,105 @@
+"""From the scored groups of one rollout step to the optimizer steps the actor takes on them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dapo_megatron.algo.advantage import AdvantageStd, group_advantages
+from dapo_megatron.algo.aggregation import sample_loss_weights
+from dapo_megatron.algo.overlong import soft_overlong_punishment
+from dapo_megatron.algo.packing import pack_micro_batches
+from dapo_megatron.types import LossAggregation, OptimizerStepBatch, RolloutGroup, Sample, TrainBatch, TrainSample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainBatchRules:
+    """Everything besides the groups and the seed that decides a TrainBatch; constant over a run."""
+
+    num_updates: int
+    """Optimizer steps per rollout step; with fewer groups than that, one step per group."""
+    data_parallel_size: int
+    """Ranks that share the samples of an optimizer step."""
+    max_tokens_per_micro_batch: int
+    """Prompt and response tokens of one micro-batch; a longer single sequence gets a micro-batch of its own."""
+    num_micro_batches_multiple: int = 1
+    """Every rank's number of micro-batches is a multiple of this: the pipeline size under interleaving, else 1."""
+    max_response_tokens: int
+    """L_max of eq. 13: generation stops here."""
+    overlong_cache_tokens: int = 0
+    """L_cache of eq. 13; 0: no soft overlong punishment."""
+    overlong_filtering: bool = False
+    """Leave truncated samples (`finish_reason == "length"`) out of the loss."""
+    normalize_advantage_by_std: bool = True
+    """Divide advantages by the group's standard deviation (eq. 9)."""
+    advantage_std: AdvantageStd = "sample"
+    """Which standard deviation, see `group_advantages`."""
+    loss_aggregation: LossAggregation = "token_mean"
+    """How token losses are averaged, see `sample_loss_weights`."""
+
+
+def shaped_rewards(group: RolloutGroup, rules: TrainBatchRules) -> list[float]:
+    """Reward of each sample of the group as it is optimised: the score's reward plus soft overlong punishment."""
+    return [
+        score.reward + soft_overlong_punishment(len(sample.token_ids), rules.max_response_tokens, rules.overlong_cache_tokens)
+        for sample, score in zip(group.samples, group.scores, strict=True)
+    ]
+
+
+def build_train_batch(groups: Sequence[RolloutGroup], rules: TrainBatchRules, seed: int) -> TrainBatch:
+    """Optimizer steps for the groups of one rollout step, in order.
+
+    Groups are shuffled by `seed` (the order in which they arrive does not matter) and cut into near-equal runs, one per
+    optimizer step; the samples of a group stay together in a step. Loss weights and `num_loss_tokens` are those of
+    the whole step, over all ranks and micro-batches. A step left without trained tokens is dropped; no groups, no steps.
+    """
+    order = sorted(groups, key=lambda group: group.group_id)
+    random.Random(seed).shuffle(order)
+    num_steps = min(rules.num_updates, len(order))
+    cuts = [slice(len(order) * at // num_steps, len(order) * (at + 1) // num_steps) for at in range(num_steps)]
+    steps = [_optimizer_step(order[cut], rules) for cut in cuts]
+    return TrainBatch(tuple(step for step in steps if step.num_loss_tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class _TrainedResponse:
+    group: RolloutGroup
+    sample: Sample
+    advantage: float
+
+
+def _trained_responses(group: RolloutGroup, rules: TrainBatchRules) -> list[_TrainedResponse]:
+    """Samples of the group that enter the loss. Those that do not still count in the mean and the standard deviation."""
+    advantages = group_advantages(
+        shaped_rewards(group, rules), normalize_by_std=rules.normalize_advantage_by_std, std=rules.advantage_std
+    )
+    return [
+        _TrainedResponse(group, sample, advantage)
+        for sample, advantage in zip(group.samples, advantages, strict=True)
+        if sample.token_ids and not (rules.overlong_filtering and sample.finish_reason == "length")
+    ]
+
+
+def _optimizer_step(groups: Sequence[RolloutGroup], rules: TrainBatchRules) -> OptimizerStepBatch:
+    responses = [response for group in groups for response in _trained_responses(group, rules)]
+    num_tokens = [len(response.sample.token_ids) for response in responses]
+    loss_weights = sample_loss_weights(rules.loss_aggregation, num_tokens, [response.group.group_id for response in responses])
+    samples = [
+        TrainSample(
+            token_ids=response.group.prompt.token_ids + response.sample.token_ids,
+            num_prompt_tokens=len(response.group.prompt.token_ids),
+            rollout_log_probs=response.sample.log_probs,
+            advantage=response.advantage,
+            loss_weight=loss_weight,
+        )
+        for response, loss_weight in zip(responses, loss_weights, strict=True)
+    ]
+    packed = pack_micro_batches(
+        [len(sample.token_ids) for sample in samples],
+        num_ranks=rules.data_parallel_size,
+        max_tokens=rules.max_tokens_per_micro_batch,
+        num_micro_batches_multiple=rules.num_micro_batches_multiple,
+    )
+    micro_batches = tuple(tuple(tuple(samples[index] for index in micro_batch) for micro_batch in rank) for rank in packed)
+    return OptimizerStepBatch(micro_batches=micro_batches, num_loss_tokens=sum(num_tokens))

@@ -1,0 +1,142 @@
+"""The command line. Thin: parse, load, hand over to `train`; heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dapo_megatron.types import CheckpointError, ConfigError, DapoMegatronError, DataError, RewardError
+
+EXIT_FAILED = 1
+"""The run started and failed."""
+EXIT_BAD_INPUT = 2
+"""Nothing was started: configuration, data, reward function or checkpoint must be mended first."""
+
+_BAD_INPUT = (ConfigError, DataError, RewardError, CheckpointError)
+_PACKAGES = ("dapo-megatron", "torch", "megatron-core", "transformers", "ray")
+
+app = typer.Typer(
+    name="dapo-megatron",
+    help="DAPO reinforcement learning for language models on megatron-core ranks.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Entry point of the `dapo-megatron` command: errors of the user are sentences, errors of ours are tracebacks."""
+    try:
+        app()
+    except DapoMegatronError as error:
+        problems = error.problems if isinstance(error, ConfigError) else [str(error)]
+        for problem in problems:
+            typer.secho(f"error: {problem}", fg="red", err=True)
+        raise SystemExit(EXIT_BAD_INPUT if isinstance(error, _BAD_INPUT) else EXIT_FAILED) from None
+
+
+def _print_versions(wanted: bool) -> None:
+    if wanted:
+        for package in _PACKAGES:
+            typer.echo(f"{package} {_version_of(package)}")
+        raise typer.Exit
+
+
+def _version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_versions, is_eager=True, help="Print package versions and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="CONFIG [--PATH VALUE]", help="YAML files, then overrides.", show_default=False)
+    ],
+    check: Annotated[
+        bool, typer.Option("--check", help="Report every problem that can be known without starting anything, then exit.")
+    ] = False,
+) -> None:
+    """Train a policy with DAPO.
+
+    Files are merged left to right: later ones win. Overrides come last; a path may be shortened to any ending that is unique.
+    Values are YAML. A run folder that holds checkpoints is resumed.
+
+    **Examples**
+
+    - `dapo-megatron train configs/quickstart.yaml`
+    - `dapo-megatron train configs/quickstart.yaml --actor.pipeline_parallel_size 2 --seed 7`
+    - `dapo-megatron train base.yaml cluster.yaml --actor.optimizer.lr=2e-6 --run.dir runs/hot`
+    - `dapo-megatron train configs/quickstart.yaml --check`
+
+    `dapo-megatron config` lists every path. Exit code 2: nothing was started, mend the input. Exit code 1: the run failed.
+    """
+    from dapo_megatron.config.load import load_config
+    from dapo_megatron.train import run
+
+    files, overrides = split_arguments(arguments)
+    raise typer.Exit(run(load_config(files, overrides), check_only=check))
+
+
+@app.command()
+def config(
+    prefix: Annotated[str, typer.Argument(help="Only this section or path, e.g. `actor` or `actor.optimizer`.")] = "",
+) -> None:
+    """List every configuration path with type, default and meaning."""
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
+
+    from dapo_megatron.config.fields import config_fields, did_you_mean, nearest, section_paths
+
+    fields = [field for field in config_fields() if not prefix or f"{field.path}.".startswith(f"{prefix}.")]
+    if not fields:
+        known = [*section_paths(), *(field.path for field in config_fields())]
+        raise ConfigError(f"{prefix} is neither a section nor a path of the configuration{did_you_mean(nearest(prefix, known))}")
+    console = Console()
+    for field in fields:
+        default = "required" if field.required else _as_yaml(field.default)
+        console.print(Text.assemble((field.path, "bold"), f": {default}  ", (f"[{field.type}]", "dim")))
+        console.print(Padding(Text(field.meaning), (0, 0, 0, 4)))
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Files and override tokens of a command line, in any order: an override without `=` takes the token after it."""
+    files: list[Path] = []
+    overrides: list[str] = []
+    takes_next = False
+    for token in arguments:
+        is_name = token.startswith("--")
+        if is_name or takes_next:
+            overrides.append(token)
+        else:
+            files.append(Path(token))
+        takes_next = is_name and "=" not in token
+    return files, overrides
+
+
+def _as_yaml(value: Any) -> str:
+    """A default as one would write it in a file."""
+    import yaml
+
+    text = yaml.safe_dump(str(value) if isinstance(value, Path) else value, default_flow_style=True, width=1000)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""Rules that span sections, the model directory and the file system: everything knowable before a process is started.
+
+Each rule is a generator of sentences: value, rule, remedy, in the words of the configuration.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dapo_megatron.config.fields import did_you_mean, either, nearest
+from dapo_megatron.config.schema import Config
+from dapo_megatron.types import ConfigError
+
+SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3")
+SUPPORTED_ROPE_TYPES = ("default", "llama3")
+SUPPORTED_ACTIVATIONS = ("silu",)
+
+OWNED_MEGATRON_FIELDS: Mapping[str, str] = {
+    "tensor_model_parallel_size": "actor.tensor_parallel_size",
+    "pipeline_model_parallel_size": "actor.pipeline_parallel_size",
+    "virtual_pipeline_model_parallel_size": "actor.virtual_pipeline_size",
+    "context_parallel_size": "actor.context_parallel_size",
+    "expert_model_parallel_size": "actor.expert_parallel_size",
+    "sequence_parallel": "actor.sequence_parallel",
+    "num_layers": "the model's config.json",
+    "hidden_size": "the model's config.json",
+    "ffn_hidden_size": "the model's config.json",
+    "num_attention_heads": "the model's config.json",
+    "num_query_groups": "the model's config.json",
+    "kv_channels": "the model's config.json",
+    "params_dtype": "model.dtype",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "calculate_per_token_loss": "the DAPO loss, which needs it on",
+}
+"""TransformerConfig fields that `actor.megatron_extra` may not touch, and who sets them."""
+
+
+def check_config(
+    config: Config, hf_config: Mapping[str, Any] | None, transformer_config_fields: frozenset[str] | None = None
+) -> list[str]:
+    """Every problem of the configuration as one sentence; an empty list when it can work.
+
+    `hf_config` is the model's config.json (`read_hf_config`); None leaves the rules about the model out.
+    `transformer_config_fields` are the names of megatron-core's TransformerConfig; None leaves `actor.megatron_extra` unchecked.
+    """
+    problems = [
+        *_step_sizes(config),
+        *_rewards(config),
+        *_log_probs(config),
+        *_layout(config),
+        *_restarts(config),
+        *_model_directory(config.model.path),
+        *_data_file(config.data.path),
+        *_run_folder(config),
+    ]
+    if hf_config is not None:
+        problems += _architecture(config, hf_config)
+        problems += _layout_of_model(config, hf_config)
+    if transformer_config_fields is not None:
+        problems += _megatron_extra(config, transformer_config_fields)
+    return problems
+
+
+def read_hf_config(path: Path) -> dict[str, Any]:
+    """The config.json of an HF model directory. Raises ConfigError when it is missing, unreadable or no JSON object."""
+    file = path / "config.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"model.path ({path}) must be an HF directory with a config.json ({error.strerror}); give the directory of a model."
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{file} must be JSON ({error}); copy the file again from its source.") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} must hold a JSON object, not {type(content).__name__}; copy the file again from its source.")
+    return content
+
+
+def _step_sizes(config: Config) -> Iterator[str]:
+    train, rollout = config.train, config.rollout
+    if train.num_updates_per_rollout > train.num_prompts_per_step:
+        yield (
+            f"train.num_updates_per_rollout ({train.num_updates_per_rollout}) must not exceed train.num_prompts_per_step "
+            f"({train.num_prompts_per_step}): every optimizer step needs a group; use at most {train.num_prompts_per_step}."
+        )
+    if config.algo.overlong_cache_tokens >= rollout.max_response_tokens:
+        yield (
+            f"algo.overlong_cache_tokens ({config.algo.overlong_cache_tokens}) must be less than rollout.max_response_tokens "
+            f"({rollout.max_response_tokens}); use about a fifth of it, or 0 to switch the penalty off."
+        )
+
+
+def _rewards(config: Config) -> Iterator[str]:
+    reward = config.reward
+    if reward.type == "custom" and reward.function is None:
+        yield "reward.function is missing: reward.type custom needs it; set it to the import path `module:function`."
+    if reward.type != "custom" and reward.function is not None:
+        yield (
+            f"reward.function ({reward.function}) has no effect with reward.type {reward.type}; "
+            "set reward.type to custom or remove the function."
+        )
+    if reward.correct_reward <= reward.wrong_reward:
+        yield (
+            f"reward.correct_reward ({reward.correct_reward:g}) must be greater than reward.wrong_reward "
+            f"({reward.wrong_reward:g}), or wrong answers are learnt; the paper uses 1 and -1."
+        )
+    for key, import_path in (("reward.function", reward.function), ("run.prepare", config.run.prepare)):
+        if import_path is not None and not all(import_path.partition(":")):
+            yield f"{key} ({import_path}) must be an import path `module:function`, e.g. my_package.rewards:score."
+
+
+def _log_probs(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    if config.algo.old_log_probs == "engine" and (rollout.top_p < 1 or rollout.top_k is not None):
+        yield (
+            f"algo.old_log_probs engine needs rollout.top_p 1 and no rollout.top_k (now {rollout.top_p:g} and {rollout.top_k}): "
+            "a truncated distribution has other log-probs than the actor's; use algo.old_log_probs actor."
+        )
+
+
+def _layout(config: Config) -> Iterator[str]:
+    actor = config.actor
+    if actor.world_size % actor.model_parallel_size:
+        multiples = [actor.model_parallel_size * copies for copies in (1, 2, 4)]
+        yield (
+            f"actor.num_ranks ({actor.world_size}) must be a multiple of tensor x pipeline x context parallel size "
+            f"({actor.model_parallel_size}); use {either(multiples)}."
+        )
+    if actor.virtual_pipeline_size is not None and actor.pipeline_parallel_size == 1:
+        yield (
+            f"actor.virtual_pipeline_size ({actor.virtual_pipeline_size}) needs actor.pipeline_parallel_size > 1 (now 1); "
+            "raise it, or set actor.virtual_pipeline_size to null."
+        )
+    if actor.sequence_parallel and actor.tensor_parallel_size == 1:
+        yield (
+            "actor.sequence_parallel (true) needs actor.tensor_parallel_size > 1 (now 1); raise it, or set "
+            "actor.sequence_parallel to false."
+        )
+
+
+def _restarts(config: Config) -> Iterator[str]:
+    if config.run.max_restarts and not config.checkpoint.every:
+        yield (
+            f"run.max_restarts ({config.run.max_restarts}) needs checkpoints to start again from, but checkpoint.every is 0; "
+            "set checkpoint.every to a number of rollout steps, or run.max_restarts to 0."
+        )
+    if config.run.max_restarts and not config.checkpoint.resume:
+        yield (f"run.max_restarts ({config.run.max_restarts}) needs checkpoint.resume true; set it, or run.max_restarts to 0.")
+
+
+def _layout_of_model(config: Config, hf_config: Mapping[str, Any]) -> Iterator[str]:
+    """How heads, widths and layers divide over the ranks. Source: megatron-core 0.19.2, TransformerConfig.__post_init__."""
+    actor, model = config.actor, config.model.path
+    num_heads = hf_config.get("num_attention_heads")
+    shared = {
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": hf_config.get("num_key_value_heads") or num_heads,
+        "intermediate_size": hf_config.get("intermediate_size"),
+    }
+    sizes = {name: size for name, size in shared.items() if isinstance(size, int) and size > 0}
+    common = math.gcd(*sizes.values())
+    for name, size in sizes.items():
+        if size % actor.tensor_parallel_size:
+            yield (
+                f"actor.tensor_parallel_size ({actor.tensor_parallel_size}) must divide {name} ({size}) of {model}; "
+                f"use {either(_divisors(common, limit=64))}."
+            )
+    num_layers = hf_config.get("num_hidden_layers")
+    chunks = actor.pipeline_parallel_size * (actor.virtual_pipeline_size or 1)
+    if isinstance(num_layers, int) and num_layers % chunks:
+        product = "actor.pipeline_parallel_size" + (" x actor.virtual_pipeline_size" if actor.virtual_pipeline_size else "")
+        yield (
+            f"{product} ({chunks}) must divide num_hidden_layers ({num_layers}) of {model}; use {either(_divisors(num_layers))}."
+        )
+    positions = hf_config.get("max_position_embeddings")
+    if isinstance(positions, int) and config.max_sequence_tokens > positions:
+        yield (
+            f"data.max_prompt_tokens + rollout.max_response_tokens ({config.data.max_prompt_tokens} + "
+            f"{config.rollout.max_response_tokens} = {config.max_sequence_tokens}) must not exceed max_position_embeddings "
+            f"({positions}) of {model}; shorten one of them by {config.max_sequence_tokens - positions}."
+        )
+
+
+def _architecture(config: Config, hf_config: Mapping[str, Any]) -> Iterator[str]:
+    model = config.model.path
+    model_type = hf_config.get("model_type")
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        yield f"model_type ({model_type}) of {model} must be {either(SUPPORTED_MODEL_TYPES)}; use a model of these families."
+        return
+    missing = [name for name in _NEEDED_SIZES if not isinstance(hf_config.get(name), int)]
+    if missing:
+        yield f"config.json of {model} lacks {', '.join(missing)}; copy the file again from its source."
+    activation = hf_config.get("hidden_act", "silu")
+    if activation not in SUPPORTED_ACTIVATIONS:
+        yield f"hidden_act ({activation}) of {model} must be {either(SUPPORTED_ACTIVATIONS)}; use a model with that activation."
+    rope_type = _rope_type(hf_config)
+    if rope_type not in SUPPORTED_ROPE_TYPES:
+        yield (
+            f"rope type ({rope_type}) of {model} must be {either(SUPPORTED_ROPE_TYPES)}; "
+            "use a model without other position scaling."
+        )
+    if hf_config.get("use_sliding_window"):
+        yield f"use_sliding_window (true) of {model} must be false: attention is over the whole sequence; use another model."
+
+
+_NEEDED_SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
+
+def _rope_type(hf_config: Mapping[str, Any]) -> str:
+    """transformers 5 writes `rope_parameters`, older releases `rope_scaling` with `rope_type` or `type`."""
+    scaling = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+    return scaling.get("rope_type") or scaling.get("type") or "default"
+
+
+def _model_directory(path: Path) -> Iterator[str]:
+    if not path.is_dir():
+        yield f"model.path ({path}) must be an HF model directory, but there is none; download the model and give its directory."
+        return
+    if not (path / "config.json").is_file():
+        yield f"model.path ({path}) lacks config.json; give the directory of an HF model."
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        yield f"model.path ({path}) lacks a tokenizer (tokenizer.json); copy the tokenizer files next to the weights."
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        yield from _shards(index)
+    elif not (path / "model.safetensors").is_file():
+        yield (
+            f"model.path ({path}) lacks safetensors weights (model.safetensors, or its index and shards); "
+            "save the model with save_pretrained."
+        )
+
+
+def _shards(index: Path) -> Iterator[str]:
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        yield f"{index} must be a JSON object with a weight_map; copy the file again from its source."
+        return
+    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
+    if missing:
+        yield f"{index.parent} lacks {len(missing)} of {len(shards)} weight files ({missing[0]} first); download them."
+
+
+def _data_file(path: str) -> Iterator[str]:
+    """A hub name looks like `owner/name`; whatever has a data file's ending or starts at a directory must exist."""
+    looks_like_file = Path(path).suffix in {".jsonl", ".json", ".parquet"} or path.startswith((".", "/", "~"))
+    if looks_like_file and not Path(path).is_file():
+        yield f"data.path ({path}) must be an existing file or the name of a data set on a hub; correct the path."
+
+
+def _run_folder(config: Config) -> Iterator[str]:
+    run, checkpoint = config.run, config.checkpoint
+    existing = next(folder for folder in (run.dir.absolute(), *run.dir.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        yield f"run.dir ({run.dir}) must be a directory, but {existing} is a file; choose another path."
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        yield f"run.dir ({run.dir}) must be writable, but {existing} is not; choose another path or change its permissions."
+    checkpoints = run.dir / "checkpoints"
+    if not checkpoint.resume and checkpoints.is_dir() and any(checkpoints.iterdir()):
+        yield (
+            f"checkpoint.resume is false, but {checkpoints} holds checkpoints; set it to true to go on from them, "
+            "or choose another run.dir."
+        )
+    if checkpoint.load is not None and not (checkpoint.load.is_dir() and any(checkpoint.load.iterdir())):
+        yield (
+            f"checkpoint.load ({checkpoint.load}) holds no checkpoint; give one folder below the checkpoints/ of another run, "
+            "or null to start from model.path."
+        )
+
+
+def _megatron_extra(config: Config, transformer_config_fields: frozenset[str]) -> Iterator[str]:
+    for name in config.actor.megatron_extra:
+        if name in OWNED_MEGATRON_FIELDS:
+            yield f"actor.megatron_extra.{name} must not be given: it is set by {OWNED_MEGATRON_FIELDS[name]}; remove it."
+        elif name not in transformer_config_fields:
+            close = nearest(name, transformer_config_fields)
+            yield f"actor.megatron_extra.{name} is not a field of megatron-core's TransformerConfig" + (
+                did_you_mean(close) or "; remove it."
+            )
+
+
+def _divisors(number: int, limit: int | None = None) -> list[int]:
+    return [divisor for divisor in range(1, min(number, limit or number) + 1) if number % divisor == 0]

@@ -1,0 +1,1 @@
+"""Run a DAPO training: the controller's loop, Ray, and the run folder."""

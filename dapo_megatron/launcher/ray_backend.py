@@ -1,0 +1,351 @@
+"""The run's processes under Ray: one per actor rank, one per engine. The only file that imports ray.
+
+Each process writes its output to a file of its own in RUN/logs. A call to several processes fails with the process that died first
+(the others then report broken connections), its name and its last log lines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from dapo_megatron.config.schema import Config
+from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult
+from dapo_megatron.types import DapoMegatronError, EngineError, TrainBatch, WorkerDiedError
+from dapo_megatron.weights.sync import WeightBucket, WeightManifest
+
+NUM_LOG_LINES = 15
+"""Log lines quoted when a process dies."""
+GRACE_SECONDS = 5.0
+"""After the first failure: how long to wait for the process that caused it to be reported."""
+BUCKETS_IN_FLIGHT = 2
+"""Weight buckets that may exist at the same time."""
+
+logger = logging.getLogger(__name__)
+
+
+class RankProcess:
+    """One actor rank, in a process of its own."""
+
+    def __init__(self, config: Config, rank: int, log_file: Path):
+        _write_output_to(log_file)
+        from dapo_megatron.actor import cpu_adapter
+
+        cpu_adapter.install()
+        self._config, self._rank = config, rank
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def rendezvous(self) -> str:
+        """An address on this process's node where ranks can meet."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+
+    def start(self, init_method: str) -> None:
+        if init_method.startswith("file:"):  # all ranks on this machine: nothing leaves the loopback interface
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        from dapo_megatron.actor.worker import ActorWorker
+
+        self._worker = ActorWorker(self._config, rank=self._rank, init_method=init_method)
+
+    def train(self, batch: TrainBatch, rollout_step: int) -> dict[str, float]:
+        return self._worker.train(batch, rollout_step)
+
+    def send_weights(self, version: int) -> Iterator[WeightBucket | WeightManifest]:
+        yield from self._worker.send_weights(version)
+
+    def save(self, directory: Path) -> None:
+        self._worker.save(directory)
+
+    def load(self, directory: Path) -> None:
+        self._worker.load(directory)
+
+
+class EngineProcess:
+    """One embedded engine, in a process of its own."""
+
+    def __init__(self, config: Config, log_file: Path):
+        _write_output_to(log_file)
+        from dapo_megatron.rollout.hf_engine import HfEngine
+
+        self._engine = HfEngine(config.model.path, config.rollout.engine, num_engines=config.rollout.num_engines)
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    async def generate(self, requests: Sequence[GenerateRequest]) -> AsyncIterator[GenerateResult]:
+        async for result in self._engine.generate(requests):
+            yield result
+
+    async def receive(self, message: WeightBucket | WeightManifest) -> None:
+        if isinstance(message, WeightManifest):
+            await self._engine.commit_weights(message)
+        else:
+            await self._engine.receive_bucket(message)
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A Ray actor with the name users know it by."""
+
+    name: str
+    handle: Any
+    log_file: Path
+
+    def died(self, reason: object) -> WorkerDiedError:
+        lines = self.log_file.read_text(errors="replace").splitlines() if self.log_file.is_file() else []
+        tail = "\n".join(f"    {line}" for line in lines[-NUM_LOG_LINES:])
+        return WorkerDiedError(f"{self.name} died ({reason}). Last lines of {self.log_file}:\n{tail or '    (empty)'}")
+
+
+class RayActor:
+    """All actor ranks as one handle; every call runs on all of them."""
+
+    def __init__(self, processes: Sequence[Process]):
+        self.processes = tuple(processes)
+
+    async def train(self, batch: TrainBatch, rollout_step: int) -> dict[str, float]:
+        """Metrics of the actor."""
+        return (await self._on_all("train", ray.put(batch), rollout_step))[0]
+
+    async def send_weights(self, version: int) -> AsyncIterator[Any]:
+        """References to weight messages in the object store, rank 0's; the other ranks feed it."""
+        options = {"num_returns": "streaming", "_generator_backpressure_num_objects": BUCKETS_IN_FLIGHT}
+        first, *others = self.processes
+        stream = first.handle.send_weights.options(**options).remote(version)
+        feeding = [
+            asyncio.ensure_future(_exhaust(process, process.handle.send_weights.options(num_returns="streaming").remote(version)))
+            for process in others
+        ]
+        try:
+            async for reference in stream:
+                yield reference
+            await _first_failure([asyncio.ensure_future(_call(first, stream.completed())), *feeding])
+        except RayError as error:
+            raise _in_words(first, error) from error
+        finally:
+            for task in feeding:
+                task.cancel()
+
+    async def save(self, directory: Path) -> None:
+        """Write a checkpoint."""
+        await self._on_all("save", directory)
+
+    async def load(self, directory: Path) -> None:
+        """Read a checkpoint."""
+        await self._on_all("load", directory)
+
+    async def _on_all(self, method: str, *args: Any) -> list[Any]:
+        return await call_all(self.processes, method, *args)
+
+
+class RayEngine:
+    """Implements `rollout.engine.Engine` over a process; weight messages are object-store references."""
+
+    def __init__(self, process: Process):
+        self.process = process
+        self.weight_version = 0
+
+    async def generate(self, requests: Sequence[GenerateRequest]) -> AsyncIterator[GenerateResult]:
+        """As the engine's own."""
+        try:
+            async for reference in self.process.handle.generate.options(num_returns="streaming").remote(requests):
+                yield await reference
+        except RayError as error:
+            raise _in_words(self.process, error) from error
+
+    async def receive(self, message: Any) -> None:
+        """Take the next bucket or the manifest."""
+        await _call(self.process, self.process.handle.receive.remote(message))
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """The running processes."""
+
+    actor: RayActor
+    engines: tuple[RayEngine, ...]
+
+
+@contextmanager
+def ray_session(config: Config) -> Iterator[None]:
+    """Connect to the configured Ray, or start a local one (loopback only) and stop it at the end."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if config.cluster.ray_address is None:
+        options |= {
+            "address": "local",
+            "include_dashboard": False,
+            "num_cpus": max(os.cpu_count() or 1, config.actor.world_size + config.rollout.num_engines),
+            "_node_ip_address": "127.0.0.1",
+        }
+    else:
+        options |= {"address": config.cluster.ray_address}
+    ray.init(**options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def backend(config: Config, logs: Path) -> Iterator[Backend]:
+    """Start all processes of the run and, on leaving, stop them. Needs an open `ray_session`."""
+    group, bundles = _place(config)
+    processes: list[Process] = []
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            ranks = [
+                _start(RankProcess, f"actor rank {rank}", logs / f"actor_rank_{rank:05d}.log", group, bundles.of_rank(rank), config, rank)
+                for rank in range(config.actor.world_size)
+            ]
+            processes += ranks
+            engines = [
+                _start(EngineProcess, f"engine {index}", logs / f"engine_{index:03d}.log", group, bundles.of_engine(index), config)
+                for index in range(config.rollout.num_engines)
+            ]
+            processes += engines
+            asyncio.run(_bring_up(config, ranks, engines, Path(folder)))
+        yield Backend(RayActor(ranks), tuple(RayEngine(process) for process in engines))
+    finally:
+        for process in processes:
+            ray.kill(process.handle)
+        ray.util.remove_placement_group(group)
+
+
+async def _bring_up(config: Config, ranks: Sequence[Process], engines: Sequence[Process], folder: Path) -> None:
+    """Ranks meet and load the model; engines load it meanwhile."""
+    deadline = config.cluster.startup_deadline_seconds
+    try:
+        async with asyncio.timeout(deadline):
+            if config.cluster.ray_address is None:
+                init_method = f"file://{folder / 'rendezvous'}"
+            else:
+                init_method = await _call(ranks[0], ranks[0].handle.rendezvous.remote())
+            await asyncio.gather(call_all(ranks, "start", init_method), call_all(engines, "pid"))
+    except TimeoutError:
+        raise EngineError(
+            f"ranks and engines did not come up within cluster.startup_deadline_seconds ({deadline:.0f}); see {ranks[0].log_file.parent}"
+        ) from None
+
+
+async def call_all(processes: Sequence[Process], method: str, *args: Any) -> list[Any]:
+    """Call a method on all processes at once; results in their order. Fails with the process that died, else the first error."""
+    tasks = [asyncio.ensure_future(_call(process, getattr(process.handle, method).remote(*args))) for process in processes]
+    return await _first_failure(tasks)
+
+
+async def _first_failure(tasks: Sequence[asyncio.Future]) -> list[Any]:
+    if not tasks:
+        return []
+    try:
+        done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        if any(task.exception() for task in done):
+            late, _ = await asyncio.wait(pending, timeout=GRACE_SECONDS) if pending else (set(), set())
+            errors = [error for task in (*done, *late) if (error := task.exception())]
+            raise next((error for error in errors if isinstance(error, WorkerDiedError)), errors[0])
+        return [task.result() for task in tasks]
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _call(process: Process, reference: Any) -> Any:
+    try:
+        return await reference
+    except RayError as error:
+        raise _in_words(process, error) from error
+
+
+async def _exhaust(process: Process, stream: Any) -> None:
+    try:
+        async for reference in stream:
+            await reference
+    except RayError as error:
+        raise _in_words(process, error) from error
+
+
+def _in_words(process: Process, error: RayError) -> Exception:
+    """Our own errors as they were raised; a death by name; anything else with the process it came from."""
+    if isinstance(error, RayTaskError):
+        cause = error.cause
+        if isinstance(cause, DapoMegatronError):
+            return cause
+        return process.died(f"{type(cause).__name__}: {cause}")
+    if isinstance(error, ActorDiedError | ActorUnavailableError):
+        return process.died("its process ended")
+    return process.died(error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Bundles:
+    """Which placement bundle a process takes and which share of it."""
+
+    num_ranks: int
+    share: float
+    gpu: bool
+    split: bool
+
+    def of_rank(self, rank: int) -> dict[str, Any]:
+        return self._options(rank)
+
+    def of_engine(self, index: int) -> dict[str, Any]:
+        return self._options(self.num_ranks + index if self.split else index % self.num_ranks)
+
+    def _options(self, bundle: int) -> dict[str, Any]:
+        return {"index": bundle, "num_cpus": self.share, "num_gpus": self.share if self.gpu else 0}
+
+
+def _place(config: Config) -> tuple[PlacementGroup, _Bundles]:
+    """One bundle a rank; engines share them when colocated, else have their own."""
+    ranks, engines = config.actor.world_size, config.rollout.num_engines
+    split = config.cluster.placement == "split"
+    gpu = ray.cluster_resources().get("GPU", 0) > 0
+    num_bundles = ranks + engines if split else ranks
+    most_on_a_bundle = 1 if split else 1 + -(-engines // ranks)
+    group = placement_group([{"CPU": 1.0, **({"GPU": 1.0} if gpu else {})}] * num_bundles, strategy="PACK")
+    if not group.wait(config.cluster.startup_deadline_seconds):
+        ray.util.remove_placement_group(group)
+        raise EngineError(
+            f"the Ray cluster cannot place {num_bundles} processes of 1 CPU{' and 1 GPU' if gpu else ''} each; it has {ray.cluster_resources()}"
+        )
+    return group, _Bundles(ranks, 1.0 / most_on_a_bundle, gpu, split)
+
+
+def _start(cls: type, name: str, log_file: Path, group: PlacementGroup, place: dict[str, Any], *args: Any) -> Process:
+    options = {
+        "num_cpus": place["num_cpus"],
+        "num_gpus": place["num_gpus"],
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=place["index"]),
+        "max_restarts": 0,
+    }
+    log_file.unlink(missing_ok=True)
+    return Process(name, ray.remote(cls).options(**options).remote(*args, log_file.absolute()), log_file)
+
+
+def _write_output_to(log_file: Path) -> None:
+    """Send this process's standard output and error, those of C libraries included, to a file."""
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", force=True)

@@ -1,0 +1,1 @@
+"""Names, files and console output of what a run measures."""

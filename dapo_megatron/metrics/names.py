@@ -1,0 +1,88 @@
+"""Every metric of a run: name, unit, reduction, meaning. One row of metrics.jsonl has a value for each one that was measured.
+
+A row also carries `rollout_step`, the number of rollout steps done with this one: 1 in the first row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from dapo_megatron.config.fields import did_you_mean, nearest
+
+STEP_KEY = "rollout_step"
+
+Reduction = Literal["mean", "sum", "max", "value"]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One measured quantity of a rollout step.
+
+    `reduction` says how many observations became one number, `meaning` over what; `value` is a single observation.
+    """
+
+    name: str
+    unit: str
+    reduction: Reduction
+    meaning: str
+
+
+_TABLE = (
+    Metric("rollout/accuracy", "fraction", "mean", "correct samples of all judged groups, before dynamic sampling"),
+    Metric("rollout/reward", "reward", "mean", "verdict's reward over samples of all judged groups, without overlong penalty"),
+    Metric("rollout/shaped_reward", "reward", "mean", "reward with overlong penalty, over samples trained on"),
+    Metric("rollout/response_length_tokens", "tokens", "mean", "response length over samples of all judged groups"),
+    Metric("rollout/response_length_max_tokens", "tokens", "max", "longest response of all judged groups"),
+    Metric("rollout/truncated_fraction", "fraction", "mean", "samples of all judged groups that reached max_response_tokens"),
+    Metric("rollout/num_groups_generated", "groups", "sum", "groups judged in this step"),
+    Metric("rollout/num_groups_kept", "groups", "sum", "groups trained on in this step"),
+    Metric("rollout/num_groups_all_correct", "groups", "sum", "groups dropped because every sample is correct"),
+    Metric("rollout/num_groups_all_wrong", "groups", "sum", "groups dropped because no sample is correct"),
+    Metric("rollout/num_groups_surplus", "groups", "value", "groups with signal held over for the next step"),
+    Metric("rollout/num_groups_stale", "groups", "sum", "held-over groups dropped because their weights are too old"),
+    Metric("rollout/num_tokens_generated", "tokens", "sum", "response tokens generated in this step"),
+    Metric("rollout/num_tokens_used", "tokens", "sum", "response tokens of the groups trained on"),
+    Metric("rollout/num_tokens_zero_variance", "tokens", "sum", "response tokens of groups dropped as all correct or all wrong"),
+    Metric("rollout/num_tokens_surplus", "tokens", "value", "response tokens of the groups held over"),
+    Metric("rollout/num_tokens_stale", "tokens", "sum", "response tokens of groups dropped as stale"),
+    Metric("rollout/num_tokens_aborted", "tokens", "sum", "response tokens of samples cut off when the step had enough groups"),
+    Metric("rollout/num_reward_errors", "samples", "sum", "verdicts that are defaults: time-out, killed worker, exception"),
+    Metric("rollout/staleness_max", "weight versions", "max", "age of the oldest token trained on"),
+    Metric("data/epoch", "epochs", "value", "passes over the prompts that are complete"),
+    Metric("actor/loss", "loss", "mean", "DAPO loss over the optimizer steps of this rollout step"),
+    Metric("actor/grad_norm", "norm", "mean", "global gradient norm before clipping, over optimizer steps"),
+    Metric("actor/entropy_nats", "nats", "mean", "entropy of the policy over trained tokens"),
+    Metric("actor/mean_probability", "probability", "mean", "policy's probability of the trained tokens"),
+    Metric("actor/clip_fraction_low", "fraction", "mean", "trained tokens whose gradient the lower clip stopped"),
+    Metric("actor/clip_fraction_high", "fraction", "mean", "trained tokens whose gradient the upper clip stopped"),
+    Metric("actor/ratio_max", "ratio", "max", "largest importance ratio over trained tokens"),
+    Metric("actor/log_prob_diff_mean", "nats", "mean", "|actor - engine| log-probability of the sampled tokens"),
+    Metric("actor/log_prob_diff_max", "nats", "max", "|actor - engine| log-probability of the sampled tokens"),
+    Metric("actor/learning_rate", "1/step", "value", "learning rate of this rollout step"),
+    Metric("actor/num_optimizer_steps", "steps", "sum", "optimizer steps of this rollout step"),
+    Metric("actor/num_loss_tokens", "tokens", "sum", "trained tokens over all optimizer steps"),
+    Metric("weights/version", "version", "value", "weights the engines hold after this step; grows by one per rollout step"),
+    Metric("weights/sync_bytes", "bytes", "sum", "size of the weights sent to each engine"),
+    Metric("time/rollout_seconds", "seconds", "sum", "generation, rewards and dynamic sampling"),
+    Metric("time/train_seconds", "seconds", "sum", "old log-probs, forward, backward and optimizer"),
+    Metric("time/sync_seconds", "seconds", "sum", "weights from actor to engines, fingerprints checked"),
+    Metric("time/save_seconds", "seconds", "sum", "writing the checkpoint, in steps that save"),
+    Metric("time/step_seconds", "seconds", "sum", "the whole rollout step"),
+    Metric("throughput/tokens_per_second", "tokens/second", "value", "generated tokens per second of the whole step"),
+    Metric("throughput/rollout_tokens_per_second", "tokens/second", "value", "generated tokens per second of generation"),
+    Metric("throughput/train_tokens_per_second", "tokens/second", "value", "trained tokens per second of training"),
+    Metric("checkpoint/bytes", "bytes", "sum", "size of the checkpoint, in steps that save"),
+)
+
+METRICS: Mapping[str, Metric] = {metric.name: metric for metric in _TABLE}
+"""All metrics by name."""
+
+
+def require_known(names: Iterable[str]) -> None:
+    """Raises ValueError, with the nearest names, when a name is not in `METRICS`."""
+    for name in names:
+        if name not in METRICS:
+            hint = did_you_mean(nearest(name, METRICS)) or "; add it to metrics/names.py."
+            raise ValueError(f"{name} is not a metric{hint}")

@@ -1,0 +1,1 @@
+"""HF config.json -> megatron-core TransformerConfig, layer spec and GPTModel chunks."""

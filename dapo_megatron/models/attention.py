@@ -1,0 +1,66 @@
+"""Core attention of the local layer spec, on torch's scaled_dot_product_attention: runs on CPU and GPU, padded-free.
+
+megatron-core's own DotProductAttention has no packed form and builds the whole score matrix.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from dapo_megatron.models.packed import PackedSequences
+
+
+class PackedSelfAttention(MegatronModule):
+    """Causal attention inside each packed sequence: query [T, 1, heads, d], key and value [T, 1, groups, d] -> [T, 1, heads * d].
+
+    T is the pack, heads and groups are this tensor-parallel rank's.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        **_: object,
+    ):
+        super().__init__(config=config)
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSequences | None = None,
+    ) -> Tensor:
+        assert packed_seq_params is not None and packed_seq_params.gather is not None
+        assert packed_seq_params.scatter is not None
+        slots = [x.squeeze(1).index_select(0, packed_seq_params.gather) for x in (query, key, value)]
+        grouped = query.shape[-2] != key.shape[-2]
+        outputs, first = [], 0
+        for num_sequences, longest in packed_seq_params.tile_shapes:
+            last = first + num_sequences * longest
+            q, k, v = (x[first:last].unflatten(0, (num_sequences, longest)).transpose(1, 2) for x in slots)
+            # Right padding needs no mask: under causal attention no real token looks at a later slot.
+            out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
+            outputs.append(out.transpose(1, 2).flatten(0, 1))
+            first = last
+        packed = torch.cat(outputs).index_select(0, packed_seq_params.scatter)
+        return packed.flatten(1).unsqueeze(1)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """No parameters."""
+        return {}
+

@@ -1,0 +1,87 @@
+"""What the sampler asks of an engine. The embedded engine and a server behind HTTP implement the same protocol."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from dapo_megatron.types import EngineError, Sample
+
+if TYPE_CHECKING:
+    from dapo_megatron.weights.sync import WeightBucket, WeightManifest
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn: logits / temperature, then the top_k most likely, then the nucleus of mass top_p of what is left.
+
+    `temperature` 0 takes the most likely token; `top_k` None keeps all. Generation of a sample ends after one of
+    `stop_token_ids` (kept in the sample) or after `max_response_tokens`.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    max_response_tokens: int = 1024
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise EngineError(f"temperature ({self.temperature}) must be 0 (greedy) or positive.")
+        if not 0 < self.top_p <= 1:
+            raise EngineError(f"top_p ({self.top_p}) must be in (0, 1]; use 1 for the whole distribution.")
+        if self.top_k is not None and self.top_k < 1:
+            raise EngineError(f"top_k ({self.top_k}) must be at least 1; use None for all tokens.")
+        if self.max_response_tokens < 1:
+            raise EngineError(f"max_response_tokens ({self.max_response_tokens}) must be at least 1.")
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """`num_samples` responses to one prompt. Sample i draws from a random stream that is a function of (`seed`, i) alone."""
+
+    request_id: int
+    prompt_token_ids: tuple[int, ...]
+    num_samples: int
+    seed: int
+    params: SamplingParams
+
+    def __post_init__(self) -> None:
+        if not self.prompt_token_ids:
+            raise EngineError(f"request {self.request_id} has an empty prompt; give at least one token (e.g. the BOS token).")
+        if self.num_samples < 1:
+            raise EngineError(f"num_samples ({self.num_samples}) of request {self.request_id} must be at least 1.")
+        if self.seed < 0:
+            raise EngineError(f"seed ({self.seed}) of request {self.request_id} must not be negative.")
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateResult:
+    """All samples of one request; sample i stands at index i."""
+
+    request_id: int
+    samples: tuple[Sample, ...]
+
+
+class Engine(Protocol):
+    """One rollout engine. Calls do not overlap: an engine either generates or receives weights."""
+
+    @property
+    def weight_version(self) -> int:
+        """Version of the weights that the next token is drawn from; 0 until the first commit."""
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> AsyncGenerator[GenerateResult, None]:
+        """Yield each request when its last sample is finished, in the order of completion; `aclose` gives up the rest.
+
+        Raises EngineError when another generate() is not finished or a weight update is half received.
+        """
+
+    async def receive_bucket(self, bucket: WeightBucket) -> None:
+        """Take one piece of a weight update. From here to `commit_weights` the engine cannot generate."""
+
+    async def commit_weights(self, manifest: WeightManifest) -> None:
+        """End the update: prove that the weights are those of the actor and take on `manifest.version`.
+
+        Raises FingerprintError when they are not; the engine then stays unusable until an update that is right.
+        """

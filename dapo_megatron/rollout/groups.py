@@ -1,0 +1,68 @@
+"""Prompts in, scored groups out, over several engines. Training and evaluation both go through here."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
+from typing import Protocol
+
+from dapo_megatron.rollout.engine import Engine, GenerateRequest, GenerateResult, SamplingParams
+from dapo_megatron.types import EngineError, Prompt, RolloutGroup, Score
+
+
+class Scorer(Protocol):
+    """Verdicts on the responses to one prompt, in their order."""
+
+    async def score(self, responses: Sequence[str], answer: str) -> tuple[Score, ...]:
+        """One Score per response; `answer` is the ground truth."""
+
+
+async def generate_groups(
+    engines: Sequence[Engine],
+    scorer: Scorer,
+    prompts: Mapping[int, Prompt],
+    num_samples_per_prompt: int,
+    params: SamplingParams,
+    seed: int,
+) -> list[RolloutGroup]:
+    """One group per entry of `prompts` (group id -> prompt), in its order; each is scored while others still generate.
+
+    Group i goes to engine i modulo the number of engines. The first error of an engine or of the scorer cancels the rest and is
+    raised as it is; EngineError when an engine leaves a request out.
+    """
+    groups: dict[int, RolloutGroup] = {}
+
+    async def score(result: GenerateResult) -> None:
+        prompt = prompts[result.request_id]
+        scores = await scorer.score([sample.text for sample in result.samples], prompt.answer)
+        groups[result.request_id] = RolloutGroup(result.request_id, prompt, result.samples, scores)
+
+    async def run(engine: Engine, requests: Sequence[GenerateRequest]) -> None:
+        async with aclosing(engine.generate(requests)) as results:
+            async for result in results:
+                tasks.create_task(score(result))
+
+    shares: list[list[GenerateRequest]] = [[] for _ in engines]
+    for group_id, prompt in prompts.items():
+        request = GenerateRequest(group_id, prompt.token_ids, num_samples_per_prompt, request_seed(seed, group_id), params)
+        shares[group_id % len(engines)].append(request)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for engine, requests in zip(engines, shares, strict=True):
+                if requests:
+                    tasks.create_task(run(engine, requests))
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    if missing := [group_id for group_id in prompts if group_id not in groups]:
+        raise EngineError(
+            f"The engines left out {len(missing)} of {len(prompts)} requests, first {missing[0]}; look at their logs."
+        )
+    return [groups[group_id] for group_id in prompts]
+
+
+def request_seed(seed: int, group_id: int) -> int:
+    """A 63-bit seed that depends on both numbers and is the same on every machine."""
+    digest = hashlib.blake2b(f"{seed}:{group_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,221 @@
+"""Copy plans between HF tensors and the pieces of them that megatron-core ranks hold.
+
+`compile_mapping` turns a config.json into a `ModelMapping`; the compiler proves that it tiles. A rank describes what it holds as
+boxes in megatron-core's global coordinates, and `import_plan` intersects the two. Read from right to left the same copies are
+the export, and `sync.py` cuts them into buckets. Nothing here knows about tensor or pipeline parallelism: boxes say it all.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dapo_megatron.types import MappingError
+from dapo_megatron.weights.families import family_of
+from dapo_megatron.weights.layout import Rule, Run, compile_layout, fill_indices, index_values, parse_table
+from dapo_megatron.weights.tiling import Rectangle, prove_tiling
+
+_TABLE_REMEDY = "correct the family's table"
+_BOXES_REMEDY = "pass every owner's boxes once, and no replicas"
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """The piece of a megatron-core tensor that a rank holds.
+
+    `offset` and `shape` are in the tensor's global coordinates, of `global_shape`: (rows,) or (rows, columns). A gated
+    `linear_fc1.weight` is two boxes, for its gate rows and its up rows.
+    """
+
+    name: str
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    global_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """`boxes[box_index][box_slices]` and `hf[hf_name][hf_slices]` hold the same elements in the same order."""
+
+    hf_name: str
+    hf_slices: tuple[slice, ...]
+    box_index: int
+    box_slices: tuple[slice, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MappedTensor:
+    """A megatron-core tensor: `shape` (rows,) or (rows, columns) without padding; `padded` when megatron-core may append rows."""
+
+    shape: tuple[int, ...]
+    padded: bool
+    runs: tuple[Run, ...]
+
+
+@dataclass(frozen=True)
+class ModelMapping:
+    """The mapping of one model: every element of every HF tensor has exactly one place in a megatron-core tensor.
+
+    Construction proves it; a mapping that does not tile is a MappingError and never exists.
+    """
+
+    tensors: Mapping[str, MappedTensor]
+    """By megatron-core name, layers counted from 0 over the whole model."""
+    hf_tensors: Mapping[str, tuple[int, ...]]
+    """HF name -> shape, in the order weights are sent."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Ending of another megatron-core name -> ending used in `tensors`."""
+
+    def __post_init__(self) -> None:
+        hf_rows: dict[str, list[Rectangle]] = defaultdict(list)
+        for name, tensor in self.tensors.items():
+            mcore_rows = []
+            for run in tensor.runs:
+                if run.hf_name not in self.hf_tensors:
+                    raise MappingError(
+                        f"{name} takes rows of {run.hf_name}, which is not an HF tensor of the model; {_TABLE_REMEDY}"
+                    )
+                if self.hf_tensors[run.hf_name][1:] != tensor.shape[1:]:
+                    shapes = f"{name} {tensor.shape} and {run.hf_name} {self.hf_tensors[run.hf_name]}"
+                    raise MappingError(f"{shapes} must have equal columns; {_TABLE_REMEDY}")
+                mcore_rows.append(Rectangle(run.mcore_row0, run.mcore_row0 + run.rows))
+                hf_rows[run.hf_name].append(Rectangle(run.hf_row0, run.hf_row0 + run.rows))
+            prove_tiling(name, tensor.shape[:1], mcore_rows, _TABLE_REMEDY)
+        for hf_name, shape in self.hf_tensors.items():
+            prove_tiling(hf_name, shape[:1], hf_rows[hf_name], _TABLE_REMEDY)
+
+    def canonical_name(self, name: str) -> str:
+        """The name a megatron-core tensor has in `tensors`. MappingError when the model has no such tensor."""
+        for ending, canonical_ending in self.aliases.items():
+            if name.endswith(ending):
+                name = name.removesuffix(ending) + canonical_ending
+        if name not in self.tensors:
+            raise MappingError(f"{name} is not a tensor of this model; leave it out, or add it to the family's table")
+        return name
+
+    def tensor(self, name: str) -> MappedTensor:
+        """The tensor of that megatron-core name, in either layer spec."""
+        return self.tensors[self.canonical_name(name)]
+
+
+def compile_mapping(hf_config: Mapping[str, Any]) -> ModelMapping:
+    """The mapping of the model whose config.json is `hf_config`.
+
+    MappingError names an unsupported `model_type` or field, or the tensor and rows where the family's table does not tile.
+    """
+    family = family_of(hf_config)
+    config = {**family.defaults, **{key: value for key, value in hf_config.items() if value is not None}}
+    rules = tuple(rule for rule in parse_table(family.table) if _exists(rule, config))
+    return compile_rules(rules, family.sizes(config), family.aliases)
+
+
+def compile_rules(rules: Sequence[Rule], sizes: Mapping[str, int], aliases: Mapping[str, str]) -> ModelMapping:
+    """Put numbers into parsed rules. Symbols and index letters are keys of `sizes`; `aliases` as in `ModelMapping`."""
+    tensors: dict[str, MappedTensor] = {}
+    hf_tensors: dict[str, tuple[int, ...]] = {}
+    for rule, values in _instances(rules, sizes):
+        layout = compile_layout(rule.layout, sizes)
+        hf_names = {part: fill_indices(pattern, values) for part, pattern in rule.hf_names().items()}
+        mcore_name = fill_indices(rule.mcore_pattern, values)
+        if mcore_name in tensors:
+            raise MappingError(f"{mcore_name} has two lines in the family's table; leave one")
+        for part, shape in layout.part_shapes:
+            if hf_names[part] in hf_tensors:
+                raise MappingError(
+                    f"{hf_names[part]} is used by two lines of the family's table: its rows are covered twice; leave one"
+                )
+            hf_tensors[hf_names[part]] = shape
+        runs = tuple(Run(hf_names[run.hf_name], run.hf_row0, run.mcore_row0, run.rows) for run in layout.runs)
+        tensors[mcore_name] = MappedTensor(layout.mcore_shape, rule.layout.padded, runs)
+    return ModelMapping(tensors, hf_tensors, aliases)
+
+
+def _exists(rule: Rule, config: Mapping[str, Any]) -> bool:
+    return rule.condition is None or bool(config.get(rule.condition.field)) == rule.condition.value
+
+
+def _instances(rules: Sequence[Rule], sizes: Mapping[str, int]) -> Iterator[tuple[Rule, dict[str, int]]]:
+    """Every rule with every value of its indices: first what belongs to no layer, then layer after layer."""
+    for indices in sorted({rule.indices for rule in rules}):
+        of_indices = [rule for rule in rules if rule.indices == indices]
+        for values in index_values(indices, sizes):
+            for rule in of_indices:
+                yield rule, values
+
+
+def import_plan(mapping: ModelMapping, boxes: Sequence[Box]) -> tuple[Copy, ...]:
+    """The copies that fill `boxes` from HF tensors, in the order of the boxes.
+
+    Every element of a box is the target of exactly one copy, or padding (`padding_slices`), which the caller sets to zero.
+    MappingError for a box whose global shape is not that of the mapping.
+    """
+    return tuple(copy for box_index, box in enumerate(boxes) for copy in _copies(mapping, box_index, box))
+
+
+def padding_slices(mapping: ModelMapping, box: Box) -> tuple[slice, ...] | None:
+    """The part of `box` that is vocabulary padding, as slices into the box; None when it has none."""
+    tensor = _checked_tensor(mapping, box)
+    row0 = _num_mapped_rows(tensor, box)
+    return None if row0 == box.shape[0] else (slice(row0, box.shape[0]), *(slice(0, size) for size in box.shape[1:]))
+
+
+def check_cover(mapping: ModelMapping, boxes: Iterable[Box]) -> None:
+    """Raise MappingError unless `boxes`, those of all owners together, hold every element of the model exactly once."""
+    rectangles: dict[str, list[Rectangle]] = defaultdict(list)
+    for box in boxes:
+        tensor = _checked_tensor(mapping, box)
+        mapped = _slices(box.offset, (_num_mapped_rows(tensor, box), *box.shape[1:]))
+        rectangles[mapping.canonical_name(box.name)].append(Rectangle.of(mapped))
+    for name, tensor in mapping.tensors.items():
+        prove_tiling(name, tensor.shape, rectangles[name], _BOXES_REMEDY)
+
+
+def _copies(mapping: ModelMapping, box_index: int, box: Box) -> Iterator[Copy]:
+    """Intersect one box with its tensor's runs."""
+    tensor = _checked_tensor(mapping, box)
+    hf_columns = _slices(box.offset[1:], box.shape[1:])
+    box_columns = _slices((0,) * len(hf_columns), box.shape[1:])
+    box_row0, box_row1 = box.offset[0], box.offset[0] + box.shape[0]
+    num_copied = 0
+    for run in tensor.runs:
+        row0, row1 = max(run.mcore_row0, box_row0), min(run.mcore_row0 + run.rows, box_row1)
+        if row0 >= row1:
+            continue
+        hf_row0 = run.hf_row0 + row0 - run.mcore_row0
+        hf_rows = slice(hf_row0, hf_row0 + row1 - row0)
+        yield Copy(run.hf_name, (hf_rows, *hf_columns), box_index, (slice(row0 - box_row0, row1 - box_row0), *box_columns))
+        num_copied += row1 - row0
+    # The runs tile the tensor (proven at construction), so equal counts mean that each row was written once.
+    if num_copied != _num_mapped_rows(tensor, box):
+        raise MappingError(f"{box}: {num_copied} rows are written, {_num_mapped_rows(tensor, box)} are mapped; {_TABLE_REMEDY}")
+
+
+def _slices(offset: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+
+
+def _num_mapped_rows(tensor: MappedTensor, box: Box) -> int:
+    """Rows of the box that are not padding; they come first."""
+    return min(max(tensor.shape[0] - box.offset[0], 0), box.shape[0])
+
+
+def _checked_tensor(mapping: ModelMapping, box: Box) -> MappedTensor:
+    """The tensor of a box, after the box was checked against it."""
+    tensor = mapping.tensor(box.name)
+    fits = len(box.global_shape) == len(tensor.shape) and box.global_shape[1:] == tensor.shape[1:]
+    if not fits or not (box.global_shape[0] >= tensor.shape[0] if tensor.padded else box.global_shape[0] == tensor.shape[0]):
+        rule = f"must be {tensor.shape}{' or have more rows' if tensor.padded else ''}, as config.json says"
+        raise MappingError(f"{box.name}: global shape {box.global_shape} {rule}; build the model from this config.json")
+    if not _is_inside(box):
+        rule = f"must be non-empty and lie inside {box.global_shape}"
+        raise MappingError(f"{box.name}: box at {box.offset} of shape {box.shape} {rule}; correct the box")
+    return tensor
+
+
+def _is_inside(box: Box) -> bool:
+    return len(box.offset) == len(box.shape) == len(box.global_shape) and all(
+        start >= 0 and size > 0 and start + size <= total
+        for start, size, total in zip(box.offset, box.shape, box.global_shape, strict=True)
+    )
