@@ -53,8 +53,7 @@ def load_hf(modules: Sequence[GPTModel], mapping: ModelMapping, directory: Path)
     boxes = [item.box for item in live]
     with torch.no_grad():
         for item in live:
-            padding = padding_slices(mapping, item.box)
-            if padding is not None:
+            for padding in padding_slices(mapping, item.box):
                 item.data[padding] = 0
         for copy in import_plan(mapping, boxes):
             live[copy.box_index].data[copy.box_slices].copy_(files.read(copy.hf_name, copy.hf_slices))

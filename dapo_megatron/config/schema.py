@@ -169,6 +169,8 @@ class ActorConfig(Section):
     """Shard activations outside attention and MLP over the tensor-parallel ranks. Needs tensor_parallel_size > 1."""
     use_distributed_optimizer: bool = True
     """Shard optimizer state over data-parallel ranks."""
+    pad_query_groups: bool = False
+    """Let tensor_parallel_size not divide the model's query groups: all-zero groups are added, at the cost of their attention FLOPs."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recompute: selective recomputes core attention, full every layer."""
     max_tokens_per_micro_batch: PositiveInt = 16384

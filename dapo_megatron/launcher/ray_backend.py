@@ -84,7 +84,11 @@ class EngineProcess:
         _write_output_to(log_file)
         from dapo_megatron.rollout.hf_engine import HfEngine
 
-        self._engine = HfEngine(config.model.path, config.rollout.engine, num_engines=config.rollout.num_engines)
+        import torch
+
+        threads = config.rollout.engine.num_threads or max(1, (os.cpu_count() or 1) // config.rollout.num_engines)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._engine = HfEngine(config.model.path, config.rollout.engine, threads, device)
 
     async def pid(self) -> int:
         return os.getpid()
@@ -93,11 +97,12 @@ class EngineProcess:
         async for result in self._engine.generate(requests):
             yield result
 
-    async def receive(self, message: WeightBucket | WeightManifest) -> None:
+    async def receive(self, message: WeightBucket | WeightManifest) -> int:
         if isinstance(message, WeightManifest):
             await self._engine.commit_weights(message)
-        else:
-            await self._engine.receive_bucket(message)
+            return 0
+        await self._engine.receive_bucket(message)
+        return message.payload.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +161,7 @@ class RayActor:
 
 
 class RayEngine:
-    """Implements `rollout.engine.Engine` over a process; weight messages are object-store references."""
+    """What the sampler and the controller ask of an engine, over a process; weight messages are object-store references."""
 
     def __init__(self, process: Process):
         self.process = process
@@ -170,9 +175,9 @@ class RayEngine:
         except RayError as error:
             raise _in_words(self.process, error) from error
 
-    async def receive(self, message: Any) -> None:
-        """Take the next bucket or the manifest."""
-        await _call(self.process, self.process.handle.receive.remote(message))
+    async def receive(self, message: Any) -> int:
+        """Take the next bucket or the manifest; the bytes of weights in it."""
+        return await _call(self.process, self.process.handle.receive.remote(message))
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,24 +63,17 @@ def draw(logits: Tensor, u: Tensor, params: RowParams) -> tuple[Tensor, Tensor]:
     a point. A token of probability zero is never drawn. NaN logits give a NaN log-probability.
     """
     scaled = logits.float() / params.temperature
-    if params.top_k is None and params.top_p is None:
-        probs = scaled.softmax(-1)
-        tokens = _invert(probs, u)
-        log_probs = probs.gather(1, tokens)
-    else:
-        probs, order = _truncated(scaled, params)
-        ranks = _invert(probs, u)
-        tokens = order.gather(1, ranks)
-        log_probs = probs.gather(1, ranks)
-    tokens, log_probs = tokens[:, 0], log_probs[:, 0].log()
+    probs = scaled.softmax(-1) if params.top_k is None and params.top_p is None else _truncated(scaled, params)
+    drawn = _invert(probs, u)
+    tokens, log_probs = drawn[:, 0], probs.gather(1, drawn)[:, 0].log()
     if params.greedy is not None:
         tokens = torch.where(params.greedy, logits.argmax(-1), tokens)
         log_probs = torch.where(params.greedy, log_probs * 0, log_probs)  # a product, so that NaN stays NaN
     return tokens, log_probs
 
 
-def _truncated(scaled: Tensor, params: RowParams) -> tuple[Tensor, Tensor]:
-    """Probabilities [B, V] in falling order after top-k and top-p, and the token ids [B, V] of that order.
+def _truncated(scaled: Tensor, params: RowParams) -> Tensor:
+    """Probabilities [B, V] after top-k and top-p.
 
     Equal logits are ordered by token id, so exactly k tokens survive top-k. The nucleus is the smallest head whose mass reaches
     top_p; the most likely token always survives.
@@ -95,14 +88,14 @@ def _truncated(scaled: Tensor, params: RowParams) -> tuple[Tensor, Tensor]:
         # "top_p 1" must keep the tail that rounding puts at a mass of 1 or more.
         probs = probs.masked_fill((mass_before >= params.top_p) & (params.top_p < 1), 0.0)
         probs = probs / probs.sum(-1, keepdim=True)
-    return probs, order
+    return torch.zeros_like(probs).scatter_(1, order, probs)
 
 
 def _invert(probs: Tensor, u: Tensor) -> Tensor:
-    """First index [B, 1] whose cumulative probability exceeds u * total: the interval of a zero probability is empty."""
+    """First token [B, 1] whose cumulative probability exceeds u * total: the interval of a zero probability is empty."""
     # On CPU cumsum adds fp32 in fp64 and rounds once, so it never falls; a parallel scan has no such promise in fp32.
     cumulative = probs.cumsum(-1, dtype=torch.float32 if probs.device.type == "cpu" else torch.float64)
     total = cumulative[:, -1:]
     target = torch.minimum((u[:, None] * total).to(total.dtype), torch.nextafter(total, torch.zeros_like(total)))
-    ranks = torch.searchsorted(cumulative, target, right=True)
-    return ranks.clamp_(max=probs.shape[-1] - 1)  # only NaN rows find nothing
+    tokens = torch.searchsorted(cumulative, target, right=True)
+    return tokens.clamp_(max=probs.shape[-1] - 1)  # only NaN rows find nothing

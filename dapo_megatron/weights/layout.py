@@ -17,9 +17,10 @@ Names
 Layout = rows, then for a matrix a space and its columns. Columns are the same on both sides; all algebra is on rows.
     n*d             a size: a product of symbols and integers. The family says what a symbol is (`families/dense.py`).
     rows            the megatron-core tensor is the HF tensor.
-    rows+pad        the same, and megatron-core may have more rows below (vocabulary padding; zero there).
     [a:x | b:y]     x rows of HF tensor a, then y rows of b.
     (g [a:x | b:y]) that g times over: repetition i takes the i-th x rows of a and the i-th y rows of b.
+    ...+pad         megatron-core may have more rows below, or more columns to the right, all zero: padding of the vocabulary, or
+                    of the query groups, to a multiple of the tensor-parallel size.
 
 Condition: `if field` or `if not field`, a boolean field of the HF config; without it the tensor always exists.
 Blank lines and lines that start with # are skipped.
@@ -40,9 +41,9 @@ from dapo_megatron.types import MappingError
 _SIZE = r"[A-Za-z0-9]+(?:\*[A-Za-z0-9]+)*"
 _PART = rf"[a-z0-9_]+:{_SIZE}"
 _LAYOUT = re.compile(
-    rf"(?: (?P<rows>{_SIZE}) (?P<pad>\+pad)?"
+    rf"(?: (?P<rows>{_SIZE})"
     rf"  | (?: \((?P<repeat>{_SIZE})\s+ )? \[\s*(?P<parts>{_PART}(?:\s*\|\s*{_PART})*)\s*\] (?(repeat)\)) )"
-    rf"(?: \s+(?P<columns>{_SIZE}) )?",
+    rf"(?P<pad_rows>\+pad)? (?: \s+(?P<columns>{_SIZE}) (?P<pad_columns>\+pad)? )?",
     re.VERBOSE,
 )
 _CONDITION = re.compile(r"\sif\s+(?P<negated>not\s+)?(?P<field>\w+)$")
@@ -70,7 +71,8 @@ class Layout:
     repeat: str
     parts: tuple[tuple[str, str], ...]
     columns: str | None
-    padded: bool
+    padded: tuple[bool, bool]
+    """Whether rows and columns may be padded."""
 
     @property
     def part_names(self) -> tuple[str, ...]:
@@ -138,12 +140,13 @@ def parse_layout(text: str) -> Layout:
     match = _LAYOUT.fullmatch(text)
     if match is None:
         raise MappingError(
-            f"layout {text!r} cannot be read; write `rows`, `rows+pad`, `[a:x | b:y]` or `(g [a:x | b:y])`, then any columns"
+            f"layout {text!r} cannot be read; write `rows`, `[a:x | b:y]` or `(g [a:x | b:y])`, then any columns, each with or without `+pad`"
         )
     parts: list[tuple[str, str]] = [(_WHOLE, match["rows"])]
     if match["parts"]:
         parts = [(name.strip(), size.strip()) for name, size in (part.split(":") for part in match["parts"].split("|"))]
-    return Layout(match["repeat"] or "1", tuple(parts), match["columns"], padded=match["pad"] is not None)
+    padded = (match["pad_rows"] is not None, match["pad_columns"] is not None)
+    return Layout(match["repeat"] or "1", tuple(parts), match["columns"], padded)
 
 
 def _check_names(line: str, rule: Rule) -> None:

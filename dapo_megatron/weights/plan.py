@@ -47,10 +47,10 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class MappedTensor:
-    """A megatron-core tensor: `shape` (rows,) or (rows, columns) without padding; `padded` when megatron-core may append rows."""
+    """A megatron-core tensor: `shape` (rows,) or (rows, columns) without padding; `padded`: whether that axis may be longer."""
 
     shape: tuple[int, ...]
-    padded: bool
+    padded: tuple[bool, bool]
     runs: tuple[Run, ...]
 
 
@@ -154,11 +154,14 @@ def import_plan(mapping: ModelMapping, boxes: Sequence[Box]) -> tuple[Copy, ...]
     return tuple(copy for box_index, box in enumerate(boxes) for copy in _copies(mapping, box_index, box))
 
 
-def padding_slices(mapping: ModelMapping, box: Box) -> tuple[slice, ...] | None:
-    """The part of `box` that is vocabulary padding, as slices into the box; None when it has none."""
-    tensor = _checked_tensor(mapping, box)
-    row0 = _num_mapped_rows(tensor, box)
-    return None if row0 == box.shape[0] else (slice(row0, box.shape[0]), *(slice(0, size) for size in box.shape[1:]))
+def padding_slices(mapping: ModelMapping, box: Box) -> tuple[tuple[slice, ...], ...]:
+    """The parts of `box` that are padding, as slices into the box; empty for most boxes."""
+    mapped = _mapped_shape(_checked_tensor(mapping, box), box)
+    regions = [
+        tuple(slice(mapped[axis] if axis == padded_axis else 0, size) for axis, size in enumerate(box.shape))
+        for padded_axis in range(len(box.shape))
+    ]
+    return tuple(region for axis, region in enumerate(regions) if mapped[axis] < box.shape[axis])
 
 
 def check_cover(mapping: ModelMapping, boxes: Iterable[Box]) -> None:
@@ -166,8 +169,9 @@ def check_cover(mapping: ModelMapping, boxes: Iterable[Box]) -> None:
     rectangles: dict[str, list[Rectangle]] = defaultdict(list)
     for box in boxes:
         tensor = _checked_tensor(mapping, box)
-        mapped = _slices(box.offset, (_num_mapped_rows(tensor, box), *box.shape[1:]))
-        rectangles[mapping.canonical_name(box.name)].append(Rectangle.of(mapped))
+        mapped = _mapped_shape(tensor, box)
+        if all(mapped):
+            rectangles[mapping.canonical_name(box.name)].append(Rectangle.of(_slices(box.offset, mapped)))
     for name, tensor in mapping.tensors.items():
         prove_tiling(name, tensor.shape, rectangles[name], _BOXES_REMEDY)
 
@@ -175,9 +179,12 @@ def check_cover(mapping: ModelMapping, boxes: Iterable[Box]) -> None:
 def _copies(mapping: ModelMapping, box_index: int, box: Box) -> Iterator[Copy]:
     """Intersect one box with its tensor's runs."""
     tensor = _checked_tensor(mapping, box)
-    hf_columns = _slices(box.offset[1:], box.shape[1:])
-    box_columns = _slices((0,) * len(hf_columns), box.shape[1:])
-    box_row0, box_row1 = box.offset[0], box.offset[0] + box.shape[0]
+    num_rows, *num_columns = _mapped_shape(tensor, box)
+    if not all(num_columns):
+        return
+    hf_columns = _slices(box.offset[1:], tuple(num_columns))
+    box_columns = _slices((0,) * len(hf_columns), tuple(num_columns))
+    box_row0, box_row1 = box.offset[0], box.offset[0] + num_rows
     num_copied = 0
     for run in tensor.runs:
         row0, row1 = max(run.mcore_row0, box_row0), min(run.mcore_row0 + run.rows, box_row1)
@@ -188,25 +195,30 @@ def _copies(mapping: ModelMapping, box_index: int, box: Box) -> Iterator[Copy]:
         yield Copy(run.hf_name, (hf_rows, *hf_columns), box_index, (slice(row0 - box_row0, row1 - box_row0), *box_columns))
         num_copied += row1 - row0
     # The runs tile the tensor (proven at construction), so equal counts mean that each row was written once.
-    if num_copied != _num_mapped_rows(tensor, box):
-        raise MappingError(f"{box}: {num_copied} rows are written, {_num_mapped_rows(tensor, box)} are mapped; {_TABLE_REMEDY}")
+    if num_copied != num_rows:
+        raise MappingError(f"{box}: {num_copied} rows are written, {num_rows} are mapped; {_TABLE_REMEDY}")
 
 
 def _slices(offset: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
     return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
 
 
-def _num_mapped_rows(tensor: MappedTensor, box: Box) -> int:
-    """Rows of the box that are not padding; they come first."""
-    return min(max(tensor.shape[0] - box.offset[0], 0), box.shape[0])
+def _mapped_shape(tensor: MappedTensor, box: Box) -> tuple[int, ...]:
+    """Rows and columns of the box that are not padding; they come first."""
+    sizes = zip(tensor.shape, box.offset, box.shape, strict=True)
+    return tuple(min(max(total - start, 0), size) for total, start, size in sizes)
 
 
 def _checked_tensor(mapping: ModelMapping, box: Box) -> MappedTensor:
     """The tensor of a box, after the box was checked against it."""
     tensor = mapping.tensor(box.name)
-    fits = len(box.global_shape) == len(tensor.shape) and box.global_shape[1:] == tensor.shape[1:]
-    if not fits or not (box.global_shape[0] >= tensor.shape[0] if tensor.padded else box.global_shape[0] == tensor.shape[0]):
-        rule = f"must be {tensor.shape}{' or have more rows' if tensor.padded else ''}, as config.json says"
+    fits = len(box.global_shape) == len(tensor.shape) and all(
+        have == want or (have > want and padded)
+        for have, want, padded in zip(box.global_shape, tensor.shape, tensor.padded, strict=False)
+    )
+    if not fits:
+        longer = " or".join(f" have more {axis}" for axis, padded in zip(("rows", "columns"), tensor.padded, strict=True) if padded)
+        rule = f"must be {tensor.shape}{' or' + longer if longer else ''}, as config.json says"
         raise MappingError(f"{box.name}: global shape {box.global_shape} {rule}; build the model from this config.json")
     if not _is_inside(box):
         rule = f"must be non-empty and lie inside {box.global_shape}"

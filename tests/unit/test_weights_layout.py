@@ -36,12 +36,14 @@ def test_repeated_block_interleaves_its_parts():
 
 
 def test_padding_is_read_from_the_layout():
-    assert parse_layout("v+pad h").padded
-    assert not parse_layout("v h").padded
+    assert parse_layout("v h").padded == (False, False)
+    assert parse_layout("v+pad h").padded == (True, False)
+    assert parse_layout("h v+pad").padded == (False, True)
+    assert parse_layout("(g [a:x | b:y])+pad h+pad").padded == (True, True)
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[q:d | ] h", "(g [q:d) h", "(g q:d) h", "h +pad", "h h h", "[q] h", "n*-d h", "[q:d]+pad h"]
+    "text", ["", "[q:d | ] h", "(g [q:d) h", "(g q:d) h", "h +pad", "h h h", "[q] h", "n*-d h"]
 )
 def test_layout_outside_the_language_is_refused(text):
     with pytest.raises(MappingError, match="cannot be read"):

@@ -11,8 +11,8 @@ from dapo_megatron.types import MappingError
 DENSE_DECODER = """
 embedding.word_embeddings.weight model.embed_tokens.weight v+pad h
 decoder.layers.{L}.input_layernorm.weight model.layers.{L}.input_layernorm.weight h
-decoder.layers.{L}.self_attention.linear_qkv.weight model.layers.{L}.self_attn.{q,k,v}_proj.weight (g [q:n*d | k:d | v:d]) h
-decoder.layers.{L}.self_attention.linear_proj.weight model.layers.{L}.self_attn.o_proj.weight h g*n*d
+decoder.layers.{L}.self_attention.linear_qkv.weight model.layers.{L}.self_attn.{q,k,v}_proj.weight (g [q:n*d | k:d | v:d])+pad h
+decoder.layers.{L}.self_attention.linear_proj.weight model.layers.{L}.self_attn.o_proj.weight h g*n*d+pad
 decoder.layers.{L}.pre_mlp_layernorm.weight model.layers.{L}.post_attention_layernorm.weight h
 decoder.layers.{L}.mlp.linear_fc1.weight model.layers.{L}.mlp.{gate,up}_proj.weight [gate:f | up:f] h
 decoder.layers.{L}.mlp.linear_fc2.weight model.layers.{L}.mlp.down_proj.weight h f

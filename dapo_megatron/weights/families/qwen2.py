@@ -6,7 +6,7 @@ QWEN2 = Family(
     model_type="qwen2",
     table=DENSE_DECODER
     + """
-decoder.layers.{L}.self_attention.linear_qkv.bias model.layers.{L}.self_attn.{q,k,v}_proj.bias (g [q:n*d | k:d | v:d])
+decoder.layers.{L}.self_attention.linear_qkv.bias model.layers.{L}.self_attn.{q,k,v}_proj.bias (g [q:n*d | k:d | v:d])+pad
 """,
     defaults={"num_key_value_heads": 32, "head_dim": None, "tie_word_embeddings": False},
 )

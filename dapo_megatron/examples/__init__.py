@@ -1,0 +1,1 @@
+"""What the shipped configurations need on disk, made on the spot: `run.prepare` functions."""

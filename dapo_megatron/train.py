@@ -1,0 +1,213 @@
+"""A run from its config to its end: prepare, check, start the processes, hand over to the controller."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+import os
+import subprocess
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from dapo_megatron.config.checks import check_config, read_hf_config
+from dapo_megatron.config.load import resolved_dict
+from dapo_megatron.config.schema import Config
+from dapo_megatron.data.loader import PromptStream
+from dapo_megatron.data.prompts import PromptSet, load_prompts
+from dapo_megatron.launcher.run_folder import RunFolder, num_steps_of
+from dapo_megatron.metrics.console import RunConsole
+from dapo_megatron.metrics.writers import MetricsWriter
+from dapo_megatron.rewards.workers import RewardWorkers
+from dapo_megatron.types import CheckpointError, ConfigError, EngineError, NumericsError, WorkerDiedError
+
+PACKAGES = ("dapo-megatron", "torch", "megatron-core", "transformer-engine", "transformers", "ray", "sglang")
+RESTARTABLE = (WorkerDiedError, EngineError, NumericsError)
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: Config, *, check_only: bool) -> int:
+    """`dapo-megatron train`. Returns the exit code; user errors are raised as DapoMegatronError."""
+    console = Console()
+    if config.run.prepare:
+        _import(config.run.prepare)(config)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # reward workers are started from this process
+    prompts = check(config)
+    report = prompts.report
+    console.print(
+        f"data: {len(prompts.prompts)} prompts of {report.num_rows} rows ({report.num_duplicates} duplicates, "
+        f"{report.num_too_long} too long, {report.num_malformed} malformed left out)",
+        highlight=False,
+    )
+    for problem in report.first_problems:
+        console.print(f"  left out: {problem}", style="yellow", markup=False, highlight=False)
+    if check_only:
+        asyncio.run(_check_reward(config))
+        console.print(f"{config.run.dir}: nothing stands against this run", highlight=False)
+        return 0
+    return _train(config, prompts, console)
+
+
+def check(config: Config) -> PromptSet:
+    """Everything knowable without starting the run; raises ConfigError with all problems at once, or DataError."""
+    hf_config = read_hf_config(config.model.path)
+    problems = check_config(config, hf_config)
+    if problems:
+        raise ConfigError(problems)
+    return load_prompts(config.data, load_tokenizer(config.model.path))
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of an HF directory."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path)
+
+
+async def _check_reward(config: Config) -> None:
+    async with RewardWorkers(config.reward) as workers:
+        await workers.wait_ready()
+
+
+def _train(config: Config, prompts: PromptSet, console: Console) -> int:
+    from dapo_megatron.launcher.ray_backend import ray_session
+
+    folder = RunFolder(config.run.dir)
+    start = starting_checkpoint(config, folder)
+    if start is not None and start.parent == folder.checkpoints and num_steps_of(start) >= config.train.num_rollout_steps:
+        console.print(
+            f"{start} is the end of this run already; raise train.num_rollout_steps to go on, or use another run.dir to start again",
+            highlight=False,
+        )
+        return 0
+    folder.create({"config": resolved_dict(config), "versions": _versions(), "commit": _commit()})
+    with ray_session(config):
+        for restarts_left in range(config.run.max_restarts, -1, -1):
+            try:
+                _train_once(config, prompts, folder, start, console)
+                return 0
+            except RESTARTABLE as error:
+                if not restarts_left:
+                    raise
+                start = starting_checkpoint(config, folder)
+                console.print(f"{error}\nstarting again from {start or 'the beginning'}; {restarts_left} restarts left", style="yellow")
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def starting_checkpoint(config: Config, folder: RunFolder) -> Path | None:
+    """Where the run goes on: its own newest checkpoint, else checkpoint.load, else None (the HF weights)."""
+    newest = folder.newest_checkpoint()
+    broken = [path for path in folder.checkpoints.glob("step_*") if path.suffix != ".tmp"] if newest is None else []
+    if broken:
+        raise CheckpointError(f"{folder.checkpoints} has {broken[0].name} but no complete checkpoint; remove it to start from the beginning")
+    if newest is not None and not config.checkpoint.resume:
+        raise CheckpointError(f"{newest} exists and checkpoint.resume is false; use another run.dir, or resume")
+    return newest or config.checkpoint.load
+
+
+def _train_once(config: Config, prompts: PromptSet, folder: RunFolder, start: Path | None, console: Console) -> None:
+    from dapo_megatron.launcher.controller import Controller, read_state
+    from dapo_megatron.launcher.ray_backend import backend
+    from dapo_megatron.rollout.sampler import Sampler
+
+    state = read_state(start) if start else None
+    done = state.num_steps if state else 0
+    seed, shuffle = config.run.seed, config.data.shuffle
+    stream = PromptStream.restore(prompts, seed, shuffle, state.prompts) if state else PromptStream(prompts, seed, shuffle)
+    console.print(f"starting {config.actor.world_size} actor ranks and {config.rollout.num_engines} engines", highlight=False)
+    with (
+        MetricsWriter(folder.path, config.metrics) as writer,
+        RunConsole(config.train.num_rollout_steps, num_steps_done=done, console=console) as screen,
+        backend(config, folder.logs) as processes,
+    ):
+        writer.truncate_after(done)
+
+        def report(row: Any) -> None:
+            writer.write(row)
+            screen.step(row)
+
+        async def drive() -> None:
+            async with RewardWorkers(config.reward) as scorer:
+                await scorer.wait_ready()
+                sampler = Sampler(processes.engines, scorer, stream, sampler_rules(config), state.sampler if state else None)
+                controller = Controller(
+                    config,
+                    actor=processes.actor,
+                    engines=processes.engines,
+                    sampler=sampler,
+                    prompts=stream,
+                    folder=folder,
+                    report=report,
+                    num_steps_done=done,
+                )
+                await controller.run(start)
+
+        asyncio.run(drive())
+        screen.finish(folder.path, tensorboard=config.metrics.tensorboard)
+
+
+def sampler_rules(config: Config) -> Any:
+    """The part of the config that decides how a step is sampled."""
+    from dapo_megatron.rollout.engine import SamplingParams
+    from dapo_megatron.rollout.sampler import SamplerRules
+
+    return SamplerRules(
+        num_samples_per_prompt=config.train.num_samples_per_prompt,
+        params=SamplingParams(
+            temperature=config.rollout.temperature,
+            top_p=config.rollout.top_p,
+            top_k=config.rollout.top_k,
+            max_response_tokens=config.rollout.max_response_tokens,
+            stop_token_ids=stop_token_ids(config.model.path),
+        ),
+        seed=config.run.seed,
+        dynamic_sampling=config.algo.dynamic_sampling,
+        max_over_sampling=config.rollout.max_over_sampling,
+        max_staleness=config.rollout.max_staleness,
+    )
+
+
+def stop_token_ids(model: Path) -> tuple[int, ...]:
+    """End-of-sequence ids of the model's generation config and of its tokenizer."""
+    from transformers import GenerationConfig
+
+    ids = {load_tokenizer(model).eos_token_id}
+    if (model / "generation_config.json").is_file():
+        configured = GenerationConfig.from_pretrained(model).eos_token_id
+        ids.update(configured if isinstance(configured, list) else [configured])
+    ids.discard(None)
+    if not ids:
+        raise ConfigError(f"{model} names no end-of-sequence token; set eos_token in tokenizer_config.json or generation_config.json")
+    return tuple(sorted(ids))
+
+
+def _import(path: str) -> Callable[[Config], None]:
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"run.prepare ({path}) must be an importable `module:function`: {error}") from error
+
+
+def _versions() -> dict[str, str | None]:
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    return {package: installed(package) for package in PACKAGES}
+
+
+def _commit() -> str | None:
+    """The commit of a source checkout; None for an installed package."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
