@@ -89,6 +89,8 @@ class TrainSample:
     rollout_log_probs: tuple[float, ...]
     advantage: float
     loss_weight: float
+    on_policy: bool = True
+    """Every token was sampled by the weights about to be trained; False for a surplus group of an earlier rollout step."""
 
     @property
     def num_loss_tokens(self) -> int:

@@ -19,7 +19,7 @@ class MicroBatchTensors:
     """What the forward pass and the loss need.
 
     `input_ids` [1, T]; `rows` [R] are the packed positions whose successor `targets` [R] is trained on; `advantages`,
-    `loss_weights` and `rollout_log_probs` are fp32 [R]. A micro-batch without samples has one dummy token and R = 0.
+    `loss_weights` and `rollout_log_probs` are fp32 [R], `on_policy` is bool [R]. A micro-batch without samples has one dummy token and R = 0.
     """
 
     input_ids: Tensor
@@ -29,6 +29,7 @@ class MicroBatchTensors:
     advantages: Tensor
     loss_weights: Tensor
     rollout_log_probs: Tensor
+    on_policy: Tensor
 
 
 def to_tensors(
@@ -55,12 +56,13 @@ def to_tensors(
                     np.full(sample.num_loss_tokens, sample.advantage),
                     np.full(sample.num_loss_tokens, sample.loss_weight),
                     np.asarray(sample.rollout_log_probs),
+                    np.full(sample.num_loss_tokens, sample.on_policy),
                 ]
             )
         )
         start = end
-    floats = np.concatenate([np.zeros((3, 0)), *per_sample], axis=1).astype(np.float32)
-    advantages, loss_weights, rollout_log_probs = torch.from_numpy(floats).to(device)
+    floats = np.concatenate([np.zeros((4, 0)), *per_sample], axis=1).astype(np.float32)
+    advantages, loss_weights, rollout_log_probs, on_policy = torch.from_numpy(floats).to(device)
     return MicroBatchTensors(
         input_ids=torch.from_numpy(input_ids)[None].to(device),
         packed=_packed(lengths, device, implementation),
@@ -69,6 +71,7 @@ def to_tensors(
         advantages=advantages,
         loss_weights=loss_weights,
         rollout_log_probs=rollout_log_probs,
+        on_policy=on_policy.bool(),
     )
 
 

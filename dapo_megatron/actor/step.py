@@ -73,11 +73,12 @@ class LossStatistics:
     num_clipped_low: int
     num_clipped_high: int
     log_prob_diff_sum: float
+    num_on_policy_tokens: int
     log_prob_diff_max: float
     ratio_max: float
 
 
-_NUM_SUMS = 7
+_NUM_SUMS = 8
 
 
 def train_micro_batches(
@@ -90,7 +91,8 @@ def train_micro_batches(
     """Forward and backward over the micro-batches of one optimizer step; gradients are left in the DDP buffers.
 
     chunks: DDP-wrapped model chunks. old_log_probs: fp32 [R] a micro-batch, on last-stage ranks; None: this forward pass's own
-    values, which is exact when the weights have not changed since sampling.
+    values, which is exact when the weights have not changed since sampling. Tokens that are not `on_policy`, and all tokens with
+    `algo.old_log_probs: engine`, take the engine's log-probs instead. `log_prob_diff` is |actor - engine| over on-policy tokens.
     """
     indexed = [(batch, old_log_probs[i] if old_log_probs else None) for i, batch in enumerate(micro_batches)]
     collected = _run_schedule(chunks, indexed, partial(_forward_loss, head=head, algo=algo), forward_only=False)
@@ -143,7 +145,10 @@ def _forward_log_probs(items: Iterator[tuple[MicroBatchTensors, None]], model: A
 def _loss(output: Tensor, *, batch: MicroBatchTensors, old_log_probs: Tensor | None, algo: AlgoConfig) -> tuple:
     """output [2, R] -> (loss sum, token count, sums for the metrics)."""
     log_probs, entropy = output
-    old = log_probs.detach() if old_log_probs is None else old_log_probs
+    actors = log_probs.detach() if old_log_probs is None else old_log_probs
+    # A token sampled by older weights: only the engine's log-prob is of the distribution it was drawn from.
+    from_engine = ~batch.on_policy if algo.old_log_probs == "actor" else torch.ones_like(batch.on_policy)
+    old = torch.where(from_engine, batch.rollout_log_probs, actors)
     token_loss = dapo_token_loss(
         log_probs,
         old,
@@ -158,7 +163,7 @@ def _loss(output: Tensor, *, batch: MicroBatchTensors, old_log_probs: Tensor | N
     loss_sum = (loss * batch.loss_weights).sum()
     num_tokens = torch.tensor(log_probs.numel(), dtype=torch.int, device=loss.device)
     with torch.no_grad():
-        difference = (old - batch.rollout_log_probs).abs()
+        difference = torch.where(batch.on_policy, (actors - batch.rollout_log_probs).abs(), 0.0)
         sums = [
             loss_sum,
             num_tokens,
@@ -167,6 +172,7 @@ def _loss(output: Tensor, *, batch: MicroBatchTensors, old_log_probs: Tensor | N
             token_loss.clipped_low.sum(),
             token_loss.clipped_high.sum(),
             difference.sum(),
+            batch.on_policy.sum(),
         ]
         maxima = [x.max() if x.numel() else torch.zeros((), device=loss.device) for x in (difference, token_loss.ratio)]
         stats = torch.stack([x.detach().double() for x in (*sums, *maxima)])
@@ -182,5 +188,7 @@ def _reduce(stats: list[Tensor], device: torch.device) -> LossStatistics:
         total[_NUM_SUMS:] = stacked[:, _NUM_SUMS:].amax(dim=0)
     dist.all_reduce(total[:_NUM_SUMS])
     dist.all_reduce(total[_NUM_SUMS:], op=dist.ReduceOp.MAX)
-    loss, tokens, entropy, probability, low, high, difference, difference_max, ratio_max = total.tolist()
-    return LossStatistics(loss, int(tokens), entropy, probability, int(low), int(high), difference, difference_max, ratio_max)
+    loss, tokens, entropy, probability, low, high, difference, on_policy, difference_max, ratio_max = total.tolist()
+    return LossStatistics(
+        loss, int(tokens), entropy, probability, int(low), int(high), difference, int(on_policy), difference_max, ratio_max
+    )

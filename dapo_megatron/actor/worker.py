@@ -69,7 +69,9 @@ class ActorWorker:
                     "newest checkpoint, lower actor.optimizer.lr if it happens again"
                 )
             grad_norms.append(float(grad_norm))
-        return _metrics(statistics, grad_norms, lr)
+        # With the engine's log-probs as old ones, only the first step still has the weights that sampled.
+        compared = statistics if self._config.algo.old_log_probs == "actor" else statistics[:1]
+        return _metrics(statistics, grad_norms, lr) | _log_prob_differences(compared)
 
     def send_weights(self, version: int) -> Iterator[WeightBucket | WeightManifest]:
         """The policy in HF layout: buckets, then the manifest with fingerprints. Yields on rank 0 only."""
@@ -102,7 +104,7 @@ class ActorWorker:
     def _old_log_probs(self, steps: Sequence[Sequence[MicroBatchTensors]]) -> list[list[torch.Tensor] | None]:
         """Per optimizer step. None where the training forward pass itself gives them: the first step has the weights that sampled."""
         if self._config.algo.old_log_probs == "engine":
-            return [[batch.rollout_log_probs for batch in step] for step in steps]
+            return [None for _ in steps]
         later = [compute_log_probs(self.policy.chunks, step, self.policy.head) for step in steps[1:]]
         return [None, *later]
 
@@ -118,9 +120,18 @@ def _metrics(statistics: Sequence[LossStatistics], grad_norms: Sequence[float], 
         "actor/clip_fraction_low": sum(step.num_clipped_low for step in statistics) / tokens,
         "actor/clip_fraction_high": sum(step.num_clipped_high for step in statistics) / tokens,
         "actor/ratio_max": max(step.ratio_max for step in statistics),
-        "actor/log_prob_diff_mean": sum(step.log_prob_diff_sum for step in statistics) / tokens,
-        "actor/log_prob_diff_max": max(step.log_prob_diff_max for step in statistics),
         "actor/learning_rate": lr,
         "actor/num_optimizer_steps": len(statistics),
         "actor/num_loss_tokens": tokens,
+    }
+
+
+def _log_prob_differences(statistics: Sequence[LossStatistics]) -> dict[str, float]:
+    """|actor - engine| over on-policy tokens; not measured when there is none."""
+    tokens = sum(step.num_on_policy_tokens for step in statistics)
+    if not tokens:
+        return {}
+    return {
+        "actor/log_prob_diff_mean": sum(step.log_prob_diff_sum for step in statistics) / tokens,
+        "actor/log_prob_diff_max": max(step.log_prob_diff_max for step in statistics),
     }

@@ -47,18 +47,21 @@ def shaped_rewards(group: RolloutGroup, rules: TrainBatchRules) -> list[float]:
     ]
 
 
-def build_train_batch(groups: Sequence[RolloutGroup], rules: TrainBatchRules, seed: int) -> TrainBatch:
+def build_train_batch(
+    groups: Sequence[RolloutGroup], rules: TrainBatchRules, *, seed: int, weight_version: int
+) -> TrainBatch:
     """Optimizer steps for the groups of one rollout step, in order.
 
     Groups are shuffled by `seed` (the order in which they arrive does not matter) and cut into near-equal runs, one per
     optimizer step; the samples of a group stay together in a step. Loss weights and `num_loss_tokens` are those of
-    the whole step, over all ranks and micro-batches. A step left without trained tokens is dropped; no groups, no steps.
+    the whole step, over all ranks and micro-batches. A group with a token of weights older than `weight_version`, the actor's
+    present ones, is marked as not on-policy. A step left without trained tokens is dropped; no groups, no steps.
     """
     order = sorted(groups, key=lambda group: group.group_id)
     random.Random(seed).shuffle(order)
     num_steps = min(rules.num_updates, len(order))
     cuts = [slice(len(order) * at // num_steps, len(order) * (at + 1) // num_steps) for at in range(num_steps)]
-    steps = [_optimizer_step(order[cut], rules) for cut in cuts]
+    steps = [_optimizer_step(order[cut], rules, weight_version) for cut in cuts]
     return TrainBatch(tuple(step for step in steps if step.num_loss_tokens))
 
 
@@ -81,7 +84,7 @@ def _trained_responses(group: RolloutGroup, rules: TrainBatchRules) -> list[_Tra
     ]
 
 
-def _optimizer_step(groups: Sequence[RolloutGroup], rules: TrainBatchRules) -> OptimizerStepBatch:
+def _optimizer_step(groups: Sequence[RolloutGroup], rules: TrainBatchRules, weight_version: int) -> OptimizerStepBatch:
     responses = [response for group in groups for response in _trained_responses(group, rules)]
     num_tokens = [len(response.sample.token_ids) for response in responses]
     loss_weights = sample_loss_weights(rules.loss_aggregation, num_tokens, [response.group.group_id for response in responses])
@@ -92,6 +95,7 @@ def _optimizer_step(groups: Sequence[RolloutGroup], rules: TrainBatchRules) -> O
             rollout_log_probs=response.sample.log_probs,
             advantage=response.advantage,
             loss_weight=loss_weight,
+            on_policy=response.group.oldest_weight_version >= weight_version,
         )
         for response, loss_weight in zip(responses, loss_weights, strict=True)
     ]

@@ -20,6 +20,9 @@ SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3")
 SUPPORTED_ROPE_TYPES = ("default", "llama3")
 SUPPORTED_ACTIVATIONS = ("silu",)
 
+COMPLETE_MARKER = "COMPLETE"
+"""File that a complete checkpoint carries."""
+
 OWNED_MEGATRON_FIELDS: Mapping[str, str] = {
     "tensor_model_parallel_size": "actor.tensor_parallel_size",
     "pipeline_model_parallel_size": "actor.pipeline_parallel_size",
@@ -159,18 +162,18 @@ def _layout_of_model(config: Config, hf_config: Mapping[str, Any]) -> Iterator[s
     """How heads, widths and layers divide over the ranks. Source: megatron-core 0.19.2, TransformerConfig.__post_init__."""
     actor, model = config.actor, config.model.path
     num_heads = hf_config.get("num_attention_heads")
-    shared = {
+    heads = {
         "num_attention_heads": num_heads,
         "num_key_value_heads": hf_config.get("num_key_value_heads") or num_heads,
-        "intermediate_size": hf_config.get("intermediate_size"),
     }
+    shared = ({} if actor.pad_query_groups else heads) | {"intermediate_size": hf_config.get("intermediate_size")}
     sizes = {name: size for name, size in shared.items() if isinstance(size, int) and size > 0}
     common = math.gcd(*sizes.values())
     for name, size in sizes.items():
         if size % actor.tensor_parallel_size:
             yield (
                 f"actor.tensor_parallel_size ({actor.tensor_parallel_size}) must divide {name} ({size}) of {model}; "
-                f"use {either(_divisors(common, limit=64))}."
+                f"use {either(_divisors(common, limit=64))}" + (", or set actor.pad_query_groups." if name in heads else ".")
             )
     num_layers = hf_config.get("num_hidden_layers")
     chunks = actor.pipeline_parallel_size * (actor.virtual_pipeline_size or 1)
@@ -275,10 +278,10 @@ def _run_folder(config: Config) -> Iterator[str]:
             f"checkpoint.resume is false, but {checkpoints} holds checkpoints; set it to true to go on from them, "
             "or choose another run.dir."
         )
-    if checkpoint.load is not None and not (checkpoint.load.is_dir() and any(checkpoint.load.iterdir())):
+    if checkpoint.load is not None and not (checkpoint.load / COMPLETE_MARKER).is_file():
         yield (
-            f"checkpoint.load ({checkpoint.load}) holds no checkpoint; give one folder below the checkpoints/ of another run, "
-            "or null to start from model.path."
+            f"checkpoint.load ({checkpoint.load}) holds no complete checkpoint; give a folder checkpoints/step_NNNNNN of another "
+            "run, or null to start from model.path."
         )
 
 

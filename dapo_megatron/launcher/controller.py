@@ -109,7 +109,7 @@ class Controller:
         for step in range(self._num_steps_done, last):
             self._clock.start_step()
             rollout = await self._clock.run("rollout", self._sampler.collect(self._config.train.num_prompts_per_step))
-            batch = build_train_batch(rollout.groups, self._rules, seed=self._config.run.seed + step)
+            batch = build_train_batch(rollout.groups, self._rules, seed=self._config.run.seed + step, weight_version=step)
             row = rollout_metrics(rollout, step, self._rules)
             if batch.optimizer_steps:  # no group with signal: nothing to learn, go on
                 row |= await self._clock.run("train", self._actor.train(batch, step))

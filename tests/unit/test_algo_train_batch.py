@@ -60,7 +60,7 @@ def groups_of(step: OptimizerStepBatch) -> set[int]:
 
 def test_train_sample_is_prompt_then_response_with_the_engines_log_probs():
     scored = group(2, [4, 5], [True, False])
-    sample = by_response(build_train_batch([scored], RULES, seed=0))[201]
+    sample = by_response(build_train_batch([scored], RULES, seed=0, weight_version=0))[201]
     assert sample.token_ids == (-2, -2, -2, 201, 201, 201, 201, 201)
     assert sample.num_prompt_tokens == 3 and sample.num_loss_tokens == 5
     assert sample.rollout_log_probs == scored.samples[1].log_probs
@@ -75,22 +75,22 @@ def test_shaped_reward_is_the_score_plus_the_overlong_punishment():
 
 def test_advantages_come_from_shaped_rewards_of_the_whole_group():
     rules = replace(RULES, overlong_cache_tokens=20, normalize_advantage_by_std=False)
-    batch = build_train_batch([group(1, [10, 90], [True, False]), group(2, [10, 10], [True, False])], rules, seed=0)
+    batch = build_train_batch([group(1, [10, 90], [True, False]), group(2, [10, 10], [True, False])], rules, seed=0, weight_version=0)
     advantages = {token: sample.advantage for token, sample in by_response(batch).items()}
     assert advantages == {100: 1.25, 101: -1.25, 200: 1.0, 201: -1.0}
 
 
 def test_group_with_equal_shaped_rewards_trains_with_zero_advantages():
-    batch = build_train_batch([group(1, [10, 20, 30], [True, True, True])], RULES, seed=0)
+    batch = build_train_batch([group(1, [10, 20, 30], [True, True, True])], RULES, seed=0, weight_version=0)
     assert [sample.advantage for sample in samples_of(batch.optimizer_steps[0])] == [0.0] * 3
     assert batch.optimizer_steps[0].num_loss_tokens == 60
 
 
 def test_filtered_truncated_samples_leave_the_loss_but_stay_in_the_advantages():
     truncated = group(1, [10, 100, 20], [True, False, False], ["stop", "length", "stop"])
-    kept = by_response(build_train_batch([truncated], replace(RULES, normalize_advantage_by_std=False), seed=0))
+    kept = by_response(build_train_batch([truncated], replace(RULES, normalize_advantage_by_std=False), seed=0, weight_version=0))
     filtered_batch = build_train_batch(
-        [truncated], replace(RULES, normalize_advantage_by_std=False, overlong_filtering=True), seed=0
+        [truncated], replace(RULES, normalize_advantage_by_std=False, overlong_filtering=True), seed=0, weight_version=0
     )
     filtered = by_response(filtered_batch)
     assert set(kept) == {100, 101, 102} and set(filtered) == {100, 102}
@@ -102,14 +102,14 @@ def test_weights_and_normaliser_count_only_trained_samples():
     truncated = group(1, [10, 100], [True, False], ["stop", "length"])
     whole = group(2, [20, 20], [True, False])
     rules = replace(RULES, overlong_filtering=True, loss_aggregation="prompt_mean")
-    batch = build_train_batch([truncated, whole], rules, seed=0)
+    batch = build_train_batch([truncated, whole], rules, seed=0, weight_version=0)
     assert batch.optimizer_steps[0].num_loss_tokens == 50
     weights = {token: sample.loss_weight for token, sample in by_response(batch).items()}
     assert weights == {100: 50 / (2 * 10), 200: 50 / (2 * 40), 201: 50 / (2 * 40)}
 
 
 def test_responses_without_tokens_are_dropped():
-    batch = build_train_batch([group(1, [0, 5], [False, True])], replace(RULES, normalize_advantage_by_std=False), seed=0)
+    batch = build_train_batch([group(1, [0, 5], [False, True])], replace(RULES, normalize_advantage_by_std=False), seed=0, weight_version=0)
     (sample,) = samples_of(batch.optimizer_steps[0])
     assert sample.token_ids[-1] == 101 and sample.advantage == 1.0
 
@@ -117,12 +117,12 @@ def test_responses_without_tokens_are_dropped():
 def test_step_without_trained_tokens_is_dropped():
     nothing_left = group(1, [100, 100], [True, False], ["length", "length"])
     rules = replace(RULES, overlong_filtering=True, num_updates=2)
-    batch = build_train_batch([nothing_left, group(2, [5, 5], [True, False])], rules, seed=0)
+    batch = build_train_batch([nothing_left, group(2, [5, 5], [True, False])], rules, seed=0, weight_version=0)
     assert [groups_of(step) for step in batch.optimizer_steps] == [{2}]
 
 
 def test_no_groups_give_no_optimizer_steps():
-    assert build_train_batch([], RULES, seed=0) == TrainBatch(())
+    assert build_train_batch([], RULES, seed=0, weight_version=0) == TrainBatch(())
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_no_groups_give_no_optimizer_steps():
 )
 def test_groups_are_split_evenly_over_optimizer_steps(num_groups, num_updates, sizes):
     groups = [group(at, [5, 5], [True, False]) for at in range(1, num_groups + 1)]
-    steps = build_train_batch(groups, replace(RULES, num_updates=num_updates), seed=0).optimizer_steps
+    steps = build_train_batch(groups, replace(RULES, num_updates=num_updates), seed=0, weight_version=0).optimizer_steps
     assert [len(groups_of(step)) for step in steps] == sizes
     assert sorted(group_id for step in steps for group_id in groups_of(step)) == list(range(1, num_groups + 1))
     assert all(len(samples_of(step)) == 2 * len(groups_of(step)) for step in steps)
@@ -139,9 +139,9 @@ def test_groups_are_split_evenly_over_optimizer_steps(num_groups, num_updates, s
 def test_seed_decides_the_split_and_arrival_order_does_not():
     groups = [group(at, [5, 5], [True, False]) for at in range(1, 17)]
     rules = replace(RULES, num_updates=4)
-    batch = build_train_batch(groups, rules, seed=3)
-    assert build_train_batch(groups[::-1], rules, seed=3) == batch
-    other = build_train_batch(groups, rules, seed=4)
+    batch = build_train_batch(groups, rules, seed=3, weight_version=0)
+    assert build_train_batch(groups[::-1], rules, seed=3, weight_version=0) == batch
+    other = build_train_batch(groups, rules, seed=4, weight_version=0)
     assert [groups_of(step) for step in other.optimizer_steps] != [groups_of(step) for step in batch.optimizer_steps]
 
 
@@ -149,7 +149,7 @@ def test_seed_decides_the_split_and_arrival_order_does_not():
 def test_micro_batches_count_prompt_tokens_and_follow_the_pipeline_multiple(multiple, sizes_of_a_rank):
     groups = [group(1, [7, 7, 7, 7], [True, False, True, False])]  # two responses would fit, but not with their prompts
     rules = replace(RULES, data_parallel_size=2, max_tokens_per_micro_batch=14, num_micro_batches_multiple=multiple)
-    (step,) = build_train_batch(groups, rules, seed=0).optimizer_steps
+    (step,) = build_train_batch(groups, rules, seed=0, weight_version=0).optimizer_steps
     assert [[len(micro_batch) for micro_batch in rank] for rank in step.micro_batches] == [sizes_of_a_rank] * 2
 
 
@@ -223,6 +223,6 @@ def test_objective_equals_eq_8_for_any_cut_into_ranks_and_micro_batches(shapes, 
         max_tokens_per_micro_batch=max_tokens,
         num_micro_batches_multiple=multiple,
     )
-    (step,) = build_train_batch(groups, rules, seed=0).optimizer_steps
+    (step,) = build_train_batch(groups, rules, seed=0, weight_version=0).optimizer_steps
     assert step.num_loss_tokens == sum(scored.num_tokens for scored in groups)
     assert objective_of_batch(step) == pytest.approx(objective_of_groups(groups, aggregation), rel=1e-9, abs=1e-12)

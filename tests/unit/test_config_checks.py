@@ -1,0 +1,210 @@
+"""Rules that span sections: one sentence each, with value, rule and remedy."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dapo_megatron.config.checks import check_config, read_hf_config
+from dapo_megatron.config.load import load_config
+from dapo_megatron.config.schema import Config
+from dapo_megatron.types import ConfigError
+
+HF_CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 1000,
+    "max_position_embeddings": 4096,
+    "hidden_act": "silu",
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(HF_CONFIG))
+    for name in ("tokenizer.json", "model.safetensors"):
+        (folder / name).write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def load(model: Path, tmp_path: Path):
+    (tmp_path / "train.jsonl").write_text("")
+
+    def load(*overrides: str) -> Config:
+        base = [f"--model.path={model}", f"--data.path={tmp_path / 'train.jsonl'}", f"--run.dir={tmp_path / 'run'}"]
+        return load_config([], [*base, "--rollout.max_response_tokens=1024", *overrides])
+
+    return load
+
+
+def only_problem(config: Config, hf_config: dict | None = None, fields: frozenset[str] | None = None) -> str:
+    (problem,) = check_config(config, hf_config if hf_config is not None else HF_CONFIG, fields)
+    return problem
+
+
+def test_sound_config_has_no_problems(load):
+    config = load("--actor.tensor_parallel_size=4", "--actor.pipeline_parallel_size=2", "--actor.virtual_pipeline_size=2")
+    assert check_config(config, HF_CONFIG, frozenset()) == []
+
+
+def test_tensor_parallel_size_must_divide_what_it_shards(load, model):
+    problems = check_config(load("--actor.tensor_parallel_size=3"), HF_CONFIG)
+    assert problems == [
+        f"actor.tensor_parallel_size (3) must divide {name} ({size}) of {model}; use 1, 2, 4 or 8{other_remedy}."
+        for name, size, other_remedy in (
+            ("num_attention_heads", 32, ", or set actor.pad_query_groups"),
+            ("num_key_value_heads", 8, ", or set actor.pad_query_groups"),
+            ("intermediate_size", 512, ""),
+        )
+    ]
+
+
+def test_padded_query_groups_need_not_divide(load):
+    three_groups = {**HF_CONFIG, "num_attention_heads": 9, "num_key_value_heads": 3}
+    assert len(check_config(load("--actor.tensor_parallel_size=2"), three_groups)) == 2
+    assert check_config(load("--actor.tensor_parallel_size=2", "--actor.pad_query_groups=true"), three_groups) == []
+
+
+def test_query_heads_count_as_key_value_heads_when_these_are_not_given(load):
+    without = {key: value for key, value in HF_CONFIG.items() if key != "num_key_value_heads"}
+    assert check_config(load("--actor.tensor_parallel_size=16"), without) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["--actor.num_ranks=6", "--actor.tensor_parallel_size=4"], "actor.num_ranks (6) must be a multiple of"),
+        (["--actor.pipeline_parallel_size=3"], "actor.pipeline_parallel_size (3) must divide num_hidden_layers (8)"),
+        (
+            ["--actor.pipeline_parallel_size=4", "--actor.virtual_pipeline_size=3"],
+            "actor.pipeline_parallel_size x actor.virtual_pipeline_size (12) must divide num_hidden_layers (8)",
+        ),
+        (["--actor.virtual_pipeline_size=2"], "needs actor.pipeline_parallel_size > 1"),
+        (["--actor.sequence_parallel=true"], "needs actor.tensor_parallel_size > 1"),
+        (
+            ["--train.num_prompts_per_step=8", "--train.num_updates_per_rollout=16"],
+            "must not exceed train.num_prompts_per_step (8)",
+        ),
+        (["--reward.type=custom"], "reward.function is missing"),
+        (["--reward.function=a:b"], "reward.function (a:b) has no effect with reward.type math"),
+        (["--reward.type=custom", "--reward.function=a.b"], "reward.function (a.b) must be an import path"),
+        (["--run.prepare=:b"], "run.prepare (:b) must be an import path"),
+        (["--reward.wrong_reward=1"], "must be greater than reward.wrong_reward (1)"),
+        (["--algo.overlong_cache_tokens=1024"], "must be less than rollout.max_response_tokens (1024)"),
+        (["--rollout.max_response_tokens=4000"], "(1024 + 4000 = 5024) must not exceed max_position_embeddings (4096)"),
+        (["--algo.old_log_probs=engine", "--rollout.top_p=0.7"], "algo.old_log_probs engine needs rollout.top_p 1"),
+        (["--run.max_restarts=1", "--checkpoint.every=0"], "run.max_restarts (1) needs checkpoints"),
+        (["--run.max_restarts=1", "--checkpoint.resume=false"], "run.max_restarts (1) needs checkpoint.resume true"),
+        (["--data.path=nowhere.jsonl"], "data.path (nowhere.jsonl) must be an existing file"),
+        (["--checkpoint.load=nowhere"], "checkpoint.load (nowhere) holds no complete checkpoint"),
+    ],
+)
+def test_rule_across_sections(load, overrides, words):
+    problem = only_problem(load(*overrides))
+    assert words in problem and problem.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "mamba"}, "model_type (mamba)"),
+        ({"hidden_act": "gelu"}, "hidden_act (gelu)"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope type (yarn)"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type (linear)"),
+        ({"use_sliding_window": True}, "use_sliding_window (true)"),
+        ({"vocab_size": None}, "lacks vocab_size"),
+    ],
+)
+def test_unsupported_architecture_is_named(load, change, words):
+    assert words in only_problem(load(), {**HF_CONFIG, **change})
+
+
+@pytest.mark.parametrize(
+    "rope", [{"rope_parameters": {"rope_type": "llama3"}}, {"rope_parameters": None, "rope_scaling": {"type": "llama3"}}, {}]
+)
+def test_supported_rope_forms_of_old_and_new_files_pass(load, rope):
+    assert check_config(load(), {**HF_CONFIG, **rope}) == []
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [
+        ("config.json", "lacks config.json"),
+        ("tokenizer.json", "lacks a tokenizer"),
+        ("model.safetensors", "lacks safetensors weights"),
+    ],
+)
+def test_model_directory_must_be_complete(load, model, missing, words):
+    (model / missing).unlink()
+    assert words in only_problem(load())
+
+
+def test_missing_model_directory_is_one_problem(load):
+    config = load("--model.path=nowhere")
+    (problem,) = check_config(config, None)
+    assert problem.startswith("model.path (nowhere) must be an HF model directory")
+
+
+def test_missing_weight_shards_are_counted(load, model):
+    (model / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    (model / "model-00001-of-00002.safetensors").write_text("")
+    assert "lacks 1 of 2 weight files (model-00002-of-00002.safetensors first)" in only_problem(load())
+
+
+def test_hub_names_are_not_looked_for_on_disk(load):
+    assert check_config(load("--data.path=owner/name"), HF_CONFIG) == []
+
+
+def test_run_folder_below_a_file_is_refused(load, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "must be a directory" in only_problem(load(f"--run.dir={tmp_path / 'file' / 'run'}"))
+
+
+def test_existing_checkpoints_are_not_overwritten_by_a_fresh_start(load, tmp_path):
+    (tmp_path / "run" / "checkpoints" / "step_000050").mkdir(parents=True)
+    assert check_config(load(), HF_CONFIG) == []
+    assert "checkpoint.resume is false" in only_problem(load("--checkpoint.resume=false"))
+
+
+def test_checkpoint_to_load_must_be_complete(load, tmp_path):
+    checkpoint = tmp_path / "other" / "checkpoints" / "step_000050"
+    checkpoint.mkdir(parents=True)
+    config = load(f"--checkpoint.load={checkpoint}")
+    assert "holds no complete checkpoint" in only_problem(config)
+    (checkpoint / "COMPLETE").write_text("{}")
+    assert check_config(config, HF_CONFIG) == []
+
+
+def test_pass_through_keys_are_checked_against_the_real_fields(load):
+    fields = frozenset({"moe_router_topk", "tensor_model_parallel_size", "attention_softmax_in_fp32"})
+    config = load("--actor.megatron_extra.atention_softmax_in_fp32=true")
+    assert "did you mean attention_softmax_in_fp32?" in only_problem(config, fields=fields)
+    owned = load("--actor.megatron_extra.tensor_model_parallel_size=2")
+    assert "it is set by actor.tensor_parallel_size" in only_problem(owned, fields=fields)
+
+
+def test_all_problems_come_together(load):
+    config = load("--actor.virtual_pipeline_size=2", "--reward.type=custom", "--data.path=nowhere.jsonl")
+    assert len(check_config(config, HF_CONFIG)) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "with a config.json"), ("{", "must be JSON"), ("[]", "must hold a JSON object, not list")],
+)
+def test_unreadable_hf_config_is_an_error(tmp_path, content, words):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match="config.json") as caught:
+        read_hf_config(tmp_path)
+    assert words in str(caught.value)
