@@ -15,7 +15,6 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from dapo_megatron.actor.live_weights import SHARDING
-from dapo_megatron.actor.optimizer import allocate_state, unshare_step
 from dapo_megatron.actor.policy import Policy
 
 
@@ -38,13 +37,11 @@ def load(policy: Policy, directory: Path) -> None:
     Random streams are restored when the number of ranks is the one that saved; nothing of the policy draws random numbers
     unless dropout is switched on through `actor.megatron_extra`.
     """
-    allocate_state(policy.optimizer)
     state = dist_checkpointing.load(_state(policy, _metadata(), is_loading=True), str(directory))
     for index, module in enumerate(policy.modules):
         module.load_state_dict(state[f"model{index}"])
     with torch.no_grad():
         policy.optimizer.load_state_dict(state["optimizer"])
-    unshare_step(policy.optimizer)
     if len(list((directory / "rng").iterdir())) == dist.get_world_size():
         streams = torch.load(_rng_file(directory), weights_only=True)
         torch.set_rng_state(streams["torch"])
@@ -54,7 +51,6 @@ def load(policy: Policy, directory: Path) -> None:
 
 def _state(policy: Policy, metadata: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
     models = {f"model{i}": module.sharded_state_dict(metadata=metadata) for i, module in enumerate(policy.modules)}
-    allocate_state(policy.optimizer)
     # One chunk is passed bare: megatron-core 0.19.2 looks for "model0", "model1", ... only under interleaving.
     of_optimizer = models["model0"] if len(models) == 1 else models
     return {**models, "optimizer": policy.optimizer.sharded_state_dict(of_optimizer, is_loading=is_loading, metadata=metadata)}

@@ -9,6 +9,8 @@ and nothing is slower at run time. What the tree rewriting does:
     torch.cuda                    -> CpuDevice below
     x.cuda(...), x.is_cuda        -> x.cpu(), x.is_cpu
     f(..., pin_memory=...)        -> f(...)
+
+Besides, the places that look for apex's or TransformerEngine's FusedAdam find CpuAdam.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from contextlib import nullcontext
 from types import CodeType, ModuleType
 
 import torch
+
+from dapo_megatron.actor.cpu_adam import CpuAdam
 
 _DEVICE_NAME = "__cpu_device__"
 
@@ -147,6 +151,10 @@ class _CpuLoader(importlib.machinery.SourceFileLoader):
             # These two go through torch's lazy CUDA queue, which never runs without a device.
             module._get_cuda_rng_state = CpuDevice.get_rng_state  # type: ignore[attr-defined]
             module._set_cuda_rng_state = CpuDevice.set_rng_state  # type: ignore[attr-defined]
+        elif module.__name__ == "megatron.core.optimizer":
+            vars(module).update(Adam=CpuAdam, USING_PYTORCH_OPTIMIZER=False)
+        elif module.__name__ == "megatron.core.optimizer.distrib_optimizer":
+            vars(module).update(Adam=CpuAdam, HAVE_APEX_OR_TE=True, USING_APEX_OPTIMIZER=True)
 
 
 class _CpuFinder(importlib.abc.MetaPathFinder):

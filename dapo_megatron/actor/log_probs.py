@@ -62,7 +62,7 @@ class _LogProbs(torch.autograd.Function):
         # Per row: local maximum m, sum exp(l - m), sum exp(l - m) * l, and the target's logit where this rank owns it.
         stats = torch.zeros(4, rows, dtype=torch.float32, device=hidden.device)
         stats[0] = -torch.inf  # stays so on a rank that holds only padding rows
-        for chunk in _chunks(rows, chunk_tokens) if vocabulary.num_rows else ():
+        for chunk in _chunks(rows, chunk_tokens, vocabulary):
             logits = _logits(hidden[chunk], weight, vocabulary, temperature)
             maximum = logits.amax(dim=-1)
             stats[3, chunk] = logits.gather(1, local_targets[chunk, None]).squeeze(1) * owned[chunk]
@@ -87,10 +87,10 @@ class _LogProbs(torch.autograd.Function):
         grad_log_probs, grad_entropy = grads
         hidden, weight, local_targets, owned, log_normalizer, entropy = ctx.saved_tensors
         vocabulary: Vocabulary = ctx.vocabulary
-        grad_hidden = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         local_weight = weight[: vocabulary.num_rows]
-        for chunk in _chunks(hidden.shape[0], ctx.chunk_tokens):
+        for chunk in _chunks(hidden.shape[0], ctx.chunk_tokens, vocabulary):
             log_p = _logits(hidden[chunk], weight, vocabulary, ctx.temperature).sub_(log_normalizer[chunk, None])
             probabilities = log_p.exp()
             if grad_entropy is not None:  # dH/dl = -p * (log p + H)
@@ -111,7 +111,10 @@ class _LogProbs(torch.autograd.Function):
         return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), None, None, None, None, None
 
 
-def _chunks(rows: int, chunk_tokens: int) -> list[slice]:
+def _chunks(rows: int, chunk_tokens: int, vocabulary: Vocabulary) -> list[slice]:
+    """None on a rank that holds only padding rows: it has no logits."""
+    if not vocabulary.num_rows:
+        return []
     return [slice(start, min(start + chunk_tokens, rows)) for start in range(0, rows, chunk_tokens)]
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
 from dapo_megatron.config.schema import ActorConfig, ModelConfig
@@ -42,31 +41,3 @@ def set_learning_rate(optimizer: MegatronOptimizer, value: float) -> None:
     """Set lr of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = value
-
-
-def torch_optimizers(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Optimizer]:
-    """The torch optimizers inside."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if part.optimizer is not None:
-            yield part.optimizer
-
-
-def allocate_state(optimizer: MegatronOptimizer) -> None:
-    """Give torch's AdamW its state before the first step: megatron-core 0.19.2 reads `step` from it when saving or loading."""
-    for inner in torch_optimizers(optimizer):
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                if not inner.state[parameter]:
-                    inner.state[parameter] = {
-                        "step": torch.tensor(0.0),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
-
-
-def unshare_step(optimizer: MegatronOptimizer) -> None:
-    """After loading, megatron-core 0.19.2 gives all parameters one `step` tensor, which AdamW would advance once per parameter."""
-    for inner in torch_optimizers(optimizer):
-        for state in inner.state.values():
-            if isinstance(state.get("step"), torch.Tensor):
-                state["step"] = state["step"].clone()

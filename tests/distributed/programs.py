@@ -32,7 +32,7 @@ def round_trip(rank: int, init_method: str, config: Config, bucket_bytes: int) -
 
     worker = ActorWorker(config, rank=rank, init_method=init_method)
     sender = WeightSender(worker.mapping, live_boxes(worker.policy.modules), bucket_bytes)
-    return _received(worker.mapping, list(sender.send(1)))
+    return received(worker.mapping, list(sender.send(1)))
 
 
 def first_step(rank: int, init_method: str, config: Config, batch: TrainBatch) -> dict[str, Any]:
@@ -55,12 +55,12 @@ def first_step(rank: int, init_method: str, config: Config, batch: TrainBatch) -
             for parameter in module.parameters():
                 parameter.data, parameter.backup = parameter.main_grad, parameter.data
         boxes: list[LiveBox] = live_boxes(policy.modules)
-        gradients = _received(worker.mapping, list(WeightSender(worker.mapping, boxes, 2**16).send(0)))
+        gradients = received(worker.mapping, list(WeightSender(worker.mapping, boxes, 2**16).send(0)))
         for module in policy.modules:
             for parameter in module.parameters():
                 parameter.data = parameter.backup
     _, grad_norm, _ = policy.optimizer.step()
-    after = _received(worker.mapping, list(WeightSender(worker.mapping, live_boxes(policy.modules), 2**16).send(1)))
+    after = received(worker.mapping, list(WeightSender(worker.mapping, live_boxes(policy.modules), 2**16).send(1)))
     return {
         "log_probs": [values.numpy() for values in log_probs] if holds_loss() else None,
         "statistics": statistics,
@@ -70,7 +70,7 @@ def first_step(rank: int, init_method: str, config: Config, batch: TrainBatch) -
     }
 
 
-def _received(mapping: Any, messages: list[Any]) -> dict[str, np.ndarray] | None:
+def received(mapping: Any, messages: list[Any]) -> dict[str, np.ndarray] | None:
     """Assemble what the sender yielded; None on ranks that yield nothing."""
     if not messages:
         return None

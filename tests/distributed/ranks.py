@@ -7,6 +7,7 @@ well under a second.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -28,7 +29,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         pipes, processes = [], []
         for rank in range(world_size):
             receiver, sender = _CONTEXT.Pipe(duplex=False)
-            process = _CONTEXT.Process(target=_rank_main, args=(sender, function, rank, init_method, args), daemon=True)
+            process = _CONTEXT.Process(target=_rank_main, args=(sender, function, rank, init_method, args), daemon=False)
             process.start()
             sender.close()
             pipes.append(receiver)
@@ -62,3 +63,7 @@ def _rank_main(sender: Any, function: Callable[..., Any], rank: int, init_method
         sender.send((False, function(rank, init_method, *args)))
     except BaseException:  # reported to the test, which fails with it
         sender.send((True, traceback.format_exc()))
+    finally:
+        for child in multiprocessing.active_children():  # megatron-core starts a manager process when it saves
+            child.kill()
+        os._exit(0)  # gloo's threads must not wait for ranks that are gone

@@ -1,0 +1,1 @@
+"""The one configuration of a run: its schema, its files, its rules."""

@@ -1,0 +1,89 @@
+"""Checkpoints: training goes on bit by bit under the same layout, and loads under another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dapo_megatron.config.schema import Config
+from dapo_megatron.types import TrainBatch
+from tests.distributed import programs
+from tests.distributed.batches import cut, random_samples
+from tests.distributed.ranks import run_ranks
+from tests.tiny_models import make_hf_model
+
+
+def train_save_train(rank: int, init_method: str, config: Config, batches: list[TrainBatch], folder: Path) -> dict[str, Any]:
+    """Two steps, save, one step more: its metrics and the weights after it."""
+    from dapo_megatron.actor.worker import ActorWorker
+
+    worker = ActorWorker(config, rank=rank, init_method=init_method)
+    for step, batch in enumerate(batches[:2]):
+        worker.train(batch, step)
+    worker.save(folder)
+    return {"metrics": worker.train(batches[2], 2), "weights": programs.received(worker.mapping, list(worker.send_weights(3)))}
+
+
+def load_train(rank: int, init_method: str, config: Config, batch: TrainBatch, folder: Path) -> dict[str, Any]:
+    """Load, then the step that the other program took last."""
+    from dapo_megatron.actor.worker import ActorWorker
+
+    worker = ActorWorker(config, rank=rank, init_method=init_method)
+    worker.load(folder)
+    return {"metrics": worker.train(batch, 2), "weights": programs.received(worker.mapping, list(worker.send_weights(3)))}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_hf_model(tmp_path_factory.mktemp("model") / "qwen2", "qwen2")
+
+
+def batches(num_ranks: int) -> list[TrainBatch]:
+    return [cut(random_samples(seed=seed), num_ranks=num_ranks, samples_per_micro_batch=2) for seed in range(3)]
+
+
+def config_for(model: Path, **layout: Any) -> Config:
+    return programs.make_config(model, **layout, optimizer={"lr": 1e-2, "num_warmup_rollout_steps": 1})
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tensor_parallel_size": 2},
+        {"num_ranks": 2},
+        {"num_ranks": 2, "use_distributed_optimizer": False},
+        {"pipeline_parallel_size": 2, "virtual_pipeline_size": 2},
+    ],
+    ids=["tp2", "dp2", "dp2_plain_optimizer", "pp2_vpp2"],
+)
+def test_a_loaded_checkpoint_goes_on_bit_by_bit(model: Path, tmp_path: Path, layout: dict[str, Any]):
+    config = config_for(model, **layout)
+    data = batches(config.actor.data_parallel_size)
+    went_on = run_ranks(train_save_train, config.actor.world_size, config, data, tmp_path)[0]
+    loaded = run_ranks(load_train, config.actor.world_size, config, data[2], tmp_path)[0]
+    assert loaded["metrics"] == went_on["metrics"]
+    for name, value in went_on["weights"].items():
+        assert np.array_equal(loaded["weights"][name], value), name
+
+
+@pytest.mark.parametrize(
+    ("saved", "read"),
+    [
+        ({"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}),
+        ({"tensor_parallel_size": 2, "num_ranks": 4}, {"tensor_parallel_size": 4}),
+        ({"pipeline_parallel_size": 2, "virtual_pipeline_size": 2}, {}),
+    ],
+    ids=["tp2_to_pp2", "tp2dp2_to_tp4", "vpp_to_one_rank"],
+)
+def test_a_checkpoint_loads_under_another_layout(model: Path, tmp_path: Path, saved: dict[str, Any], read: dict[str, Any]):
+    before, after = config_for(model, **saved), config_for(model, **read)
+    data = batches(before.actor.data_parallel_size)
+    went_on = run_ranks(train_save_train, before.actor.world_size, before, data, tmp_path)[0]
+    last = batches(after.actor.data_parallel_size)[2]
+    loaded = run_ranks(load_train, after.actor.world_size, after, last, tmp_path)[0]
+    assert loaded["metrics"]["actor/grad_norm"] == pytest.approx(went_on["metrics"]["actor/grad_norm"], rel=1e-4)
+    for name, value in went_on["weights"].items():
+        np.testing.assert_allclose(loaded["weights"][name], value, atol=2e-4, err_msg=name)
