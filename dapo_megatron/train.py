@@ -8,6 +8,8 @@ import logging
 import os
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from dapo_megatron.rewards.workers import RewardWorkers
 from dapo_megatron.types import CheckpointError, ConfigError, EngineError, NumericsError, WorkerDiedError
 
 PACKAGES = ("dapo-megatron", "torch", "megatron-core", "transformer-engine", "transformers", "ray", "sglang")
+EVAL_SEED = 1
+"""Evaluations draw the same random numbers at every step and in every run."""
 RESTARTABLE = (WorkerDiedError, EngineError, NumericsError)
 
 logger = logging.getLogger(__name__)
@@ -37,7 +41,7 @@ def run(config: Config, *, check_only: bool) -> int:
     if config.run.prepare:
         _import(config.run.prepare)(config)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # reward workers are started from this process
-    prompts = check(config)
+    prompts, held_out = check(config)
     report = prompts.report
     console.print(
         f"data: {len(prompts.prompts)} prompts of {report.num_rows} rows ({report.num_duplicates} duplicates, "
@@ -50,16 +54,21 @@ def run(config: Config, *, check_only: bool) -> int:
         asyncio.run(_check_reward(config))
         console.print(f"{config.run.dir}: nothing stands against this run", highlight=False)
         return 0
-    return _train(config, prompts, console)
+    return _train(config, prompts, held_out, console)
 
 
-def check(config: Config) -> PromptSet:
-    """Everything knowable without starting the run; raises ConfigError with all problems at once, or DataError."""
+def check(config: Config) -> tuple[PromptSet, PromptSet | None]:
+    """Everything knowable without starting the run; raises ConfigError with all problems at once, or DataError.
+
+    Returns the training prompts and the held-out ones.
+    """
     hf_config = read_hf_config(config.model.path)
     problems = check_config(config, hf_config)
     if problems:
         raise ConfigError(problems)
-    return load_prompts(config.data, load_tokenizer(config.model.path))
+    tokenizer = load_tokenizer(config.model.path)
+    held_out = load_prompts(config.data.model_copy(update={"path": config.eval.path}), tokenizer) if config.eval.path else None
+    return load_prompts(config.data, tokenizer), held_out
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -74,7 +83,7 @@ async def _check_reward(config: Config) -> None:
         await workers.wait_ready()
 
 
-def _train(config: Config, prompts: PromptSet, console: Console) -> int:
+def _train(config: Config, prompts: PromptSet, held_out: PromptSet | None, console: Console) -> int:
     from dapo_megatron.launcher.ray_backend import ray_session
 
     folder = RunFolder(config.run.dir)
@@ -89,13 +98,15 @@ def _train(config: Config, prompts: PromptSet, console: Console) -> int:
     with ray_session(config):
         for restarts_left in range(config.run.max_restarts, -1, -1):
             try:
-                _train_once(config, prompts, folder, start, console)
+                _train_once(config, prompts, held_out, folder, start, console)
                 return 0
             except RESTARTABLE as error:
                 if not restarts_left:
                     raise
                 start = starting_checkpoint(config, folder)
-                console.print(f"{error}\nstarting again from {start or 'the beginning'}; {restarts_left} restarts left", style="yellow")
+                console.print(
+                    f"{error}\nstarting again from {start or 'the beginning'}; {restarts_left} restarts left", style="yellow"
+                )
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
@@ -104,13 +115,18 @@ def starting_checkpoint(config: Config, folder: RunFolder) -> Path | None:
     newest = folder.newest_checkpoint()
     broken = [path for path in folder.checkpoints.glob("step_*") if path.suffix != ".tmp"] if newest is None else []
     if broken:
-        raise CheckpointError(f"{folder.checkpoints} has {broken[0].name} but no complete checkpoint; remove it to start from the beginning")
+        raise CheckpointError(
+            f"{folder.checkpoints} has {broken[0].name} but no complete checkpoint; remove it to start from the beginning"
+        )
     if newest is not None and not config.checkpoint.resume:
         raise CheckpointError(f"{newest} exists and checkpoint.resume is false; use another run.dir, or resume")
     return newest or config.checkpoint.load
 
 
-def _train_once(config: Config, prompts: PromptSet, folder: RunFolder, start: Path | None, console: Console) -> None:
+def _train_once(
+    config: Config, prompts: PromptSet, held_out: PromptSet | None, folder: RunFolder, start: Path | None, console: Console
+) -> None:
+    from dapo_megatron.eval.held_out import evaluate
     from dapo_megatron.launcher.controller import Controller, read_state
     from dapo_megatron.launcher.ray_backend import backend
     from dapo_megatron.rollout.sampler import Sampler
@@ -134,7 +150,22 @@ def _train_once(config: Config, prompts: PromptSet, folder: RunFolder, start: Pa
         async def drive() -> None:
             async with RewardWorkers(config.reward) as scorer:
                 await scorer.wait_ready()
-                sampler = Sampler(processes.engines, scorer, stream, sampler_rules(config), state.sampler if state else None)
+                rules = sampler_rules(config)
+                sampler = Sampler(processes.engines, scorer, stream, rules, state.sampler if state else None)
+                params = replace(rules.params, temperature=config.eval.temperature, top_p=config.eval.top_p)
+                measure = (
+                    partial(
+                        evaluate,
+                        processes.engines,
+                        scorer,
+                        held_out.prompts,
+                        params,
+                        num_samples=config.eval.num_samples,
+                        seed=EVAL_SEED,
+                    )
+                    if held_out
+                    else None
+                )
                 controller = Controller(
                     config,
                     actor=processes.actor,
@@ -143,6 +174,7 @@ def _train_once(config: Config, prompts: PromptSet, folder: RunFolder, start: Pa
                     prompts=stream,
                     folder=folder,
                     report=report,
+                    evaluate=measure,
                     num_steps_done=done,
                 )
                 await controller.run(start)
@@ -182,7 +214,9 @@ def stop_token_ids(model: Path) -> tuple[int, ...]:
         ids.update(configured if isinstance(configured, list) else [configured])
     ids.discard(None)
     if not ids:
-        raise ConfigError(f"{model} names no end-of-sequence token; set eos_token in tokenizer_config.json or generation_config.json")
+        raise ConfigError(
+            f"{model} names no end-of-sequence token; set eos_token in tokenizer_config.json or generation_config.json"
+        )
     return tuple(sorted(ids))
 
 

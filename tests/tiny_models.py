@@ -26,15 +26,15 @@ FAMILIES: dict[str, Any] = {
 
 def make_hf_model(directory: Path, family: str, **sizes: Any) -> Path:
     """Save a random fp32 model; norms and biases are random too, so that a swapped one shows."""
-    defaults = dict(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        vocab_size=101,
-        max_position_embeddings=128,
-    )
+    defaults = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 101,
+        "max_position_embeddings": 128,
+    }
     config = FAMILIES[family](**{**defaults, **sizes})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -30,7 +30,7 @@ class CpuAdam(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One AdamW step on every parameter that has a gradient."""
         for group in self.param_groups:
             done = group.get("step", 0)

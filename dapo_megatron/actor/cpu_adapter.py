@@ -21,8 +21,10 @@ import importlib.machinery
 import logging
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from types import CodeType, ModuleType
+from typing import Any, Self
 
 import torch
 
@@ -37,16 +39,16 @@ class _NoStream:
     def __init__(self, *_: object, **__: object):
         pass
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Callable[..., _NoStream]:
         if name.startswith("__"):
             raise AttributeError(name)
         return lambda *_, **__: self
 
-    def __enter__(self) -> _NoStream:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> bool:
-        return False
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 class CpuDevice:
@@ -93,7 +95,7 @@ class CpuDevice:
     def set_rng_state(state: torch.Tensor, *_: object, **__: object) -> None:
         torch.set_rng_state(state)
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(torch.cuda, name)
 
 
@@ -158,7 +160,7 @@ class _CpuLoader(importlib.machinery.SourceFileLoader):
 
 
 class _CpuFinder(importlib.abc.MetaPathFinder):
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         if not fullname.startswith("megatron."):
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)

@@ -81,11 +81,7 @@ def _long(parts: list[np.ndarray], device: torch.device) -> Tensor:
 
 def _packed(lengths: list[int], device: torch.device, implementation: Implementation) -> PackedSeqParams:
     if implementation == "local":
-        packed = pack_sequences(lengths)
-        packed.positions, packed.gather, packed.scatter = (
-            tensor.to(device) for tensor in (packed.positions, packed.gather, packed.scatter)
-        )
-        return packed
+        return pack_sequences(lengths, device)
     boundaries = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device=device)
     return PackedSeqParams(
         qkv_format="thd",

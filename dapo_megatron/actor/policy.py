@@ -60,9 +60,7 @@ def wrap(modules: list[GPTModel], settings: TransformerConfig, architecture: Arc
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=config.actor.use_distributed_optimizer
     )
-    chunks = [
-        DistributedDataParallel(settings, ddp, module, disable_bucketing=index > 0) for index, module in enumerate(modules)
-    ]
+    chunks = [DistributedDataParallel(settings, ddp, module, disable_bucketing=index > 0) for index, module in enumerate(modules)]
     optimizer = build_optimizer(chunks, config.actor, config.model)
     settings.finalize_model_grads_func = finalize_model_grads
     settings.grad_scale_func = optimizer.scale_loss

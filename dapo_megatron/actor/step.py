@@ -37,7 +37,14 @@ class LmHead:
     chunk_tokens: int
 
     def __call__(
-        self, *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, context: MicroBatchTensors, config: Any, **_: Any
+        self,
+        *,
+        hidden_states: Tensor,
+        output_layer: Any,
+        output_weight: Tensor | None,
+        context: MicroBatchTensors,
+        config: Any,
+        **_: Any,
     ) -> Tensor:
         """hidden_states [T, 1, H] ([T / TP, 1, H] under sequence parallelism) -> log-probs and entropies, fp32 [2, R]."""
         weight = output_layer.weight if output_weight is None else output_weight
@@ -58,7 +65,11 @@ class LmHead:
 
     def _vocabulary(self, rows_per_rank: int) -> Vocabulary:
         start = parallel_state.get_tensor_model_parallel_rank() * rows_per_rank
-        group = parallel_state.get_tensor_model_parallel_group() if parallel_state.get_tensor_model_parallel_world_size() > 1 else None
+        group = (
+            parallel_state.get_tensor_model_parallel_group()
+            if parallel_state.get_tensor_model_parallel_world_size() > 1
+            else None
+        )
         return Vocabulary(start, max(0, min(rows_per_rank, self.vocab_size - start)), group)
 
 
@@ -132,7 +143,9 @@ def _forward(batch: MicroBatchTensors, model: Any, head: LmHead) -> Tensor:
     )
 
 
-def _forward_loss(items: Iterator[tuple[MicroBatchTensors, Tensor | None]], model: Any, *, head: LmHead, algo: AlgoConfig) -> tuple:
+def _forward_loss(
+    items: Iterator[tuple[MicroBatchTensors, Tensor | None]], model: Any, *, head: LmHead, algo: AlgoConfig
+) -> tuple:
     batch, old_log_probs = next(items)
     return _forward(batch, model, head), partial(_loss, batch=batch, old_log_probs=old_log_probs, algo=algo)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -54,7 +55,7 @@ class WeightSender:
         if chunks:
             dist.send(torch.cat([self._source(chunk).flatten() for chunk in chunks]), dst=ASSEMBLER)
 
-    def _assemble(self, plan: BucketPlan):
+    def _assemble(self, plan: BucketPlan) -> np.ndarray:
         """The bucket's payload, a uint8 numpy array of its own."""
         payload = torch.empty(plan.num_bytes // self._dtype.itemsize, dtype=self._dtype)
         for rank, chunks in plan.chunks_by_rank.items():

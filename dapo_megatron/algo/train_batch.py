@@ -47,9 +47,7 @@ def shaped_rewards(group: RolloutGroup, rules: TrainBatchRules) -> list[float]:
     ]
 
 
-def build_train_batch(
-    groups: Sequence[RolloutGroup], rules: TrainBatchRules, *, seed: int, weight_version: int
-) -> TrainBatch:
+def build_train_batch(groups: Sequence[RolloutGroup], rules: TrainBatchRules, *, seed: int, weight_version: int) -> TrainBatch:
     """Optimizer steps for the groups of one rollout step, in order.
 
     Groups are shuffled by `seed` (the order in which they arrive does not matter) and cut into near-equal runs, one per

@@ -233,6 +233,21 @@ class RolloutConfig(Section):
     """Size of one piece of the weight sync, in MiB."""
 
 
+class EvalConfig(Section):
+    """Accuracy on held-out prompts during the run."""
+
+    path: str | None = None
+    """Held-out prompts, in the columns of `data`. None: no evaluation."""
+    every: int = Field(0, ge=0)
+    """Rollout steps between evaluations; the last step is always evaluated. 0: only then."""
+    num_samples: PositiveInt = 1
+    """Responses per prompt; eval/accuracy is their mean (avg@num_samples)."""
+    temperature: float = Field(1.0, ge=0)
+    """Sampling temperature; 0 is greedy. Paper: 1.0."""
+    top_p: float = Field(0.7, gt=0, le=1)
+    """Nucleus. Paper: 0.7."""
+
+
 class CheckpointConfig(Section):
     """Saving and resuming."""
 
@@ -279,6 +294,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     actor: ActorConfig = ActorConfig()
     rollout: RolloutConfig = RolloutConfig()
+    eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
     cluster: ClusterConfig = ClusterConfig()

@@ -17,7 +17,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -91,11 +91,12 @@ class Controller:
         prompts: PromptStream,
         folder: RunFolder,
         report: Reporter,
+        evaluate: Callable[[], Awaitable[dict[str, float]]] | None = None,
         num_steps_done: int = 0,
     ):
         self._config, self._actor, self._engines = config, actor, engines
         self._sampler, self._prompts, self._folder, self._report = sampler, prompts, folder, report
-        self._num_steps_done = num_steps_done
+        self._evaluate, self._num_steps_done = evaluate, num_steps_done
         self._rules = train_batch_rules(config)
         self._clock = PhaseClock(config.cluster.phase_deadline_seconds)
         self._recent_accuracy: deque[float] = deque(maxlen=STOP_WINDOW)
@@ -116,6 +117,8 @@ class Controller:
             row["weights/sync_bytes"] = await self._clock.run("sync", self._sync(step + 1))
             self._num_steps_done = step + 1
             done = step + 1 == last or self._accurate_enough(row)
+            if self._evaluate is not None and _is_due(self._config.eval.every, step + 1, done):
+                row |= await self._clock.run("eval", self._evaluate())
             if self._must_save(done):
                 row["checkpoint/bytes"] = await self._clock.run("save", self._save())
             self._report(self._finished_row(row))
@@ -144,7 +147,7 @@ class Controller:
 
     def _must_save(self, done: bool) -> bool:
         every = self._config.checkpoint.every
-        return every > 0 and (done or self._num_steps_done % every == 0)
+        return every > 0 and _is_due(every, self._num_steps_done, done)
 
     def _accurate_enough(self, row: Mapping[str, float]) -> bool:
         self._recent_accuracy.extend([row["rollout/accuracy"]] if "rollout/accuracy" in row else [])
@@ -163,8 +166,16 @@ class Controller:
             "data/epoch": self._prompts.state().epoch,
             "throughput/tokens_per_second": tokens / seconds["step"],
             "throughput/rollout_tokens_per_second": tokens / seconds["rollout"],
-            **({"throughput/train_tokens_per_second": row["actor/num_loss_tokens"] / seconds["train"]} if "train" in seconds else {}),
+            **(
+                {"throughput/train_tokens_per_second": row["actor/num_loss_tokens"] / seconds["train"]}
+                if "train" in seconds
+                else {}
+            ),
         }
+
+
+def _is_due(every: int, num_steps_done: int, done: bool) -> bool:
+    return done or (every > 0 and num_steps_done % every == 0)
 
 
 class PhaseClock:
@@ -178,7 +189,7 @@ class PhaseClock:
         self._seconds: dict[str, float] = {}
         self._step_start = time.perf_counter()
 
-    async def run[T](self, phase: str, work: Any) -> T:
+    async def run[T](self, phase: str, work: Coroutine[Any, Any, T] | Awaitable[T]) -> T:
         """Await one phase. Raises EngineError, naming the phase, past the deadline."""
         start = time.perf_counter()
         try:

@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,9 +82,9 @@ class EngineProcess:
 
     def __init__(self, config: Config, log_file: Path):
         _write_output_to(log_file)
-        from dapo_megatron.rollout.hf_engine import HfEngine
-
         import torch
+
+        from dapo_megatron.rollout.hf_engine import HfEngine
 
         threads = config.rollout.engine.num_threads or max(1, (os.cpu_count() or 1) // config.rollout.num_engines)
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -167,7 +167,7 @@ class RayEngine:
         self.process = process
         self.weight_version = 0
 
-    async def generate(self, requests: Sequence[GenerateRequest]) -> AsyncIterator[GenerateResult]:
+    async def generate(self, requests: Sequence[GenerateRequest]) -> AsyncGenerator[GenerateResult, None]:
         """As the engine's own."""
         try:
             async for reference in self.process.handle.generate.options(num_returns="streaming").remote(requests):
@@ -217,12 +217,22 @@ def backend(config: Config, logs: Path) -> Iterator[Backend]:
     try:
         with tempfile.TemporaryDirectory() as folder:
             ranks = [
-                _start(RankProcess, f"actor rank {rank}", logs / f"actor_rank_{rank:05d}.log", group, bundles.of_rank(rank), config, rank)
+                _start(
+                    RankProcess,
+                    f"actor rank {rank}",
+                    logs / f"actor_rank_{rank:05d}.log",
+                    group,
+                    bundles.of_rank(rank),
+                    config,
+                    rank,
+                )
                 for rank in range(config.actor.world_size)
             ]
             processes += ranks
             engines = [
-                _start(EngineProcess, f"engine {index}", logs / f"engine_{index:03d}.log", group, bundles.of_engine(index), config)
+                _start(
+                    EngineProcess, f"engine {index}", logs / f"engine_{index:03d}.log", group, bundles.of_engine(index), config
+                )
                 for index in range(config.rollout.num_engines)
             ]
             processes += engines

@@ -85,11 +85,15 @@ def require_complete(checkpoint: Path) -> Path:
     """The checkpoint, if all files its marker lists are there with their sizes; otherwise CheckpointError. Never a silent fresh start."""
     marker = checkpoint / MARKER
     if not marker.is_file():
-        raise CheckpointError(f"{checkpoint} holds no complete checkpoint ({MARKER} is missing); give .../checkpoints/step_NNNNNN")
+        raise CheckpointError(
+            f"{checkpoint} holds no complete checkpoint ({MARKER} is missing); give .../checkpoints/step_NNNNNN"
+        )
     for name, size in json.loads(marker.read_text())["files"].items():
         file = checkpoint / name
         if not file.is_file() or file.stat().st_size != size:
-            raise CheckpointError(f"{file} should have {size} bytes; the checkpoint is damaged, remove {checkpoint} to use an older one")
+            raise CheckpointError(
+                f"{file} should have {size} bytes; the checkpoint is damaged, remove {checkpoint} to use an older one"
+            )
     return checkpoint
 
 

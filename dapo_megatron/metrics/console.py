@@ -96,7 +96,13 @@ class RunConsole:
         """Summary of the last steps, and where everything lies."""
         self._progress.stop()
         table = Table(title=f"Mean of the last {len(self._recent)} rollout steps", show_header=False, title_justify="left")
-        for name in ("rollout/accuracy", "rollout/reward", "rollout/response_length_tokens", "actor/entropy_nats"):
+        for name in (
+            "rollout/accuracy",
+            "eval/accuracy",
+            "rollout/reward",
+            "rollout/response_length_tokens",
+            "actor/entropy_nats",
+        ):
             values = [row[name] for row in self._recent if name in row]
             if values:
                 table.add_row(name, f"{sum(values) / len(values):.4f}")

@@ -63,4 +63,3 @@ class PackedSelfAttention(MegatronModule):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """No parameters."""
         return {}
-

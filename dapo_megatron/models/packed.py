@@ -32,7 +32,7 @@ class PackedSequences(PackedSeqParams):
     scatter: Tensor | None = None
 
 
-def pack_sequences(lengths: Sequence[int]) -> PackedSequences:
+def pack_sequences(lengths: Sequence[int], device: torch.device) -> PackedSequences:
     """Describe sequences of the given lengths (tokens, all > 0) packed in this order."""
     starts = [0]
     for length in lengths:
@@ -57,10 +57,10 @@ def pack_sequences(lengths: Sequence[int]) -> PackedSequences:
         qkv_format="sbhd",
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
-        positions=torch.cat([torch.arange(length) for length in lengths]),
+        positions=torch.cat([torch.arange(length) for length in lengths]).to(device),
         tile_shapes=tuple(shapes),
-        gather=torch.cat(gather),
-        scatter=scatter,
+        gather=torch.cat(gather).to(device),
+        scatter=scatter.to(device),
     )
 
 

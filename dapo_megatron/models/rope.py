@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from dapo_megatron.models.architecture import Architecture, Llama3Scaling
@@ -34,14 +36,20 @@ def _llama3_scaled(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
 class PackedRotaryEmbedding(RotaryEmbedding):
     """Looks angles up by each packed token's own position, so one call rotates the whole pack."""
 
-    def get_rotary_seq_len(  # type: ignore[override]
-        self, inference_context, transformer, transformer_input, transformer_config, packed_seq_params, **_: object
+    def get_rotary_seq_len(
+        self,
+        inference_context: Any,
+        transformer: Any,
+        transformer_input: Any,
+        transformer_config: Any,
+        packed_seq_params: PackedSeqParams,
+        **_: object,
     ) -> Tensor:
         """Positions [T] instead of a length; GPTModel hands them to `forward`."""
         assert isinstance(packed_seq_params, PackedSequences) and packed_seq_params.positions is not None
         return packed_seq_params.positions
 
-    def forward(self, positions: Tensor, **_: object) -> Tensor:  # type: ignore[override]
+    def forward(self, positions: Tensor, **_: object) -> Tensor:
         """Angles [T, 1, 1, head_dim]."""
         half = positions.to(self.inv_freq.dtype)[:, None] * self.inv_freq.to(positions.device)
         return torch.cat((half, half), dim=-1)[:, None, None, :]

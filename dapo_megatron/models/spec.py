@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,11 @@ from dapo_megatron.models.architecture import Architecture
 from dapo_megatron.models.attention import PackedSelfAttention
 
 Implementation = Literal["local", "transformer_engine"]
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective"},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -37,12 +42,7 @@ def transformer_config(architecture: Architecture, model: ModelConfig, actor: Ac
     dtype = DTYPES[model.dtype]
     fused = choose_implementation(model) == "transformer_engine"
     groups = architecture.padded_query_groups(actor.tensor_parallel_size)
-    recompute = {
-        "none": {},
-        "selective": {"recompute_granularity": "selective"},
-        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }[actor.recompute]
-    fields = dict(
+    fields: dict[str, Any] = dict(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         ffn_hidden_size=architecture.ffn_hidden_size,
@@ -83,7 +83,7 @@ def transformer_config(architecture: Architecture, model: ModelConfig, actor: Ac
         bias_activation_fusion=fused,
         bias_dropout_fusion=fused,
         apply_rope_fusion=fused,
-        **recompute,
+        **RECOMPUTE[actor.recompute],
     )
     return TransformerConfig(**{**fields, **actor.megatron_extra})
 

@@ -64,8 +64,8 @@ class GenerateResult:
     samples: tuple[Sample, ...]
 
 
-class Engine(Protocol):
-    """One rollout engine. Calls do not overlap: an engine either generates or receives weights."""
+class Generator(Protocol):
+    """The part of an engine that the sampler sees."""
 
     @property
     def weight_version(self) -> int:
@@ -76,6 +76,10 @@ class Engine(Protocol):
 
         Raises EngineError when another generate() is not finished or a weight update is half received.
         """
+
+
+class Engine(Generator, Protocol):
+    """One rollout engine. Calls do not overlap: an engine either generates or receives weights."""
 
     async def receive_bucket(self, bucket: WeightBucket) -> None:
         """Take one piece of a weight update. From here to `commit_weights` the engine cannot generate."""

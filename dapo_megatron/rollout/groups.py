@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from typing import Protocol
 
-from dapo_megatron.rollout.engine import Engine, GenerateRequest, GenerateResult, SamplingParams
+from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult, Generator, SamplingParams
 from dapo_megatron.types import EngineError, Prompt, RolloutGroup, Score
 
 
@@ -20,7 +20,7 @@ class Scorer(Protocol):
 
 
 async def generate_groups(
-    engines: Sequence[Engine],
+    engines: Sequence[Generator],
     scorer: Scorer,
     prompts: Mapping[int, Prompt],
     num_samples_per_prompt: int,
@@ -39,7 +39,7 @@ async def generate_groups(
         scores = await scorer.score([sample.text for sample in result.samples], prompt.answer)
         groups[result.request_id] = RolloutGroup(result.request_id, prompt, result.samples, scores)
 
-    async def run(engine: Engine, requests: Sequence[GenerateRequest]) -> None:
+    async def run(engine: Generator, requests: Sequence[GenerateRequest]) -> None:
         async with aclosing(engine.generate(requests)) as results:
             async for result in results:
                 tasks.create_task(score(result))

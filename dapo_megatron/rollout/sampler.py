@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from dapo_megatron.algo.dynamic_sampling import has_learning_signal
-from dapo_megatron.rollout.engine import Engine, SamplingParams
+from dapo_megatron.rollout.engine import Generator, SamplingParams
 from dapo_megatron.rollout.groups import Scorer, generate_groups
 from dapo_megatron.rollout.sampler_stats import SamplerStats
 from dapo_megatron.types import EngineError, Prompt, RolloutGroup
@@ -71,7 +71,7 @@ class Sampler:
 
     def __init__(
         self,
-        engines: Sequence[Engine],
+        engines: Sequence[Generator],
         scorer: Scorer,
         prompts: PromptSource,
         rules: SamplerRules,

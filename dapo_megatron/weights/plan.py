@@ -217,7 +217,9 @@ def _checked_tensor(mapping: ModelMapping, box: Box) -> MappedTensor:
         for have, want, padded in zip(box.global_shape, tensor.shape, tensor.padded, strict=False)
     )
     if not fits:
-        longer = " or".join(f" have more {axis}" for axis, padded in zip(("rows", "columns"), tensor.padded, strict=True) if padded)
+        longer = " or".join(
+            f" have more {axis}" for axis, padded in zip(("rows", "columns"), tensor.padded, strict=True) if padded
+        )
         rule = f"must be {tensor.shape}{' or' + longer if longer else ''}, as config.json says"
         raise MappingError(f"{box.name}: global shape {box.global_shape} {rule}; build the model from this config.json")
     if not _is_inside(box):

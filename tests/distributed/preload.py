@@ -7,4 +7,4 @@ from dapo_megatron.actor import cpu_adapter
 cpu_adapter.install()
 torch.set_num_threads(1)
 
-import dapo_megatron.actor.worker  # noqa: E402, F401
+import dapo_megatron.actor.worker  # noqa: F401

@@ -61,7 +61,7 @@ def _collect(pipes: list[Any], timeout_seconds: float) -> list[Any]:
 def _rank_main(sender: Any, function: Callable[..., Any], rank: int, init_method: str, args: tuple) -> None:
     try:
         sender.send((False, function(rank, init_method, *args)))
-    except BaseException:  # reported to the test, which fails with it
+    except BaseException:  # noqa: BLE001 - reported to the test, which fails with it
         sender.send((True, traceback.format_exc()))
     finally:
         for child in multiprocessing.active_children():  # megatron-core starts a manager process when it saves

@@ -43,7 +43,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def three_groups(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Heads as in SmolLM2: 3 query groups of 3 heads, which 2 ranks do not divide."""
     return make_hf_model(
-        tmp_path_factory.mktemp("three_groups") / "model", "llama3_tied", hidden_size=72, num_attention_heads=9, num_key_value_heads=3
+        tmp_path_factory.mktemp("three_groups") / "model",
+        "llama3_tied",
+        hidden_size=72,
+        num_attention_heads=9,
+        num_key_value_heads=3,
     )
 
 

@@ -38,7 +38,13 @@ def as_numpy(*tensors: torch.Tensor | None) -> dict[str, np.ndarray]:
 
 
 def chunked(
-    rank: int, init_method: str, world_size: int, rows_per_rank: int, temperature: float, chunk_tokens: int, entropy_gradient: bool
+    rank: int,
+    init_method: str,
+    world_size: int,
+    rows_per_rank: int,
+    temperature: float,
+    chunk_tokens: int,
+    entropy_gradient: bool,
 ) -> dict[str, np.ndarray]:
     import torch.distributed as dist
 

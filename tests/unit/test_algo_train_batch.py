@@ -75,7 +75,9 @@ def test_shaped_reward_is_the_score_plus_the_overlong_punishment():
 
 def test_advantages_come_from_shaped_rewards_of_the_whole_group():
     rules = replace(RULES, overlong_cache_tokens=20, normalize_advantage_by_std=False)
-    batch = build_train_batch([group(1, [10, 90], [True, False]), group(2, [10, 10], [True, False])], rules, seed=0, weight_version=0)
+    batch = build_train_batch(
+        [group(1, [10, 90], [True, False]), group(2, [10, 10], [True, False])], rules, seed=0, weight_version=0
+    )
     advantages = {token: sample.advantage for token, sample in by_response(batch).items()}
     assert advantages == {100: 1.25, 101: -1.25, 200: 1.0, 201: -1.0}
 
@@ -109,7 +111,9 @@ def test_weights_and_normaliser_count_only_trained_samples():
 
 
 def test_responses_without_tokens_are_dropped():
-    batch = build_train_batch([group(1, [0, 5], [False, True])], replace(RULES, normalize_advantage_by_std=False), seed=0, weight_version=0)
+    batch = build_train_batch(
+        [group(1, [0, 5], [False, True])], replace(RULES, normalize_advantage_by_std=False), seed=0, weight_version=0
+    )
     (sample,) = samples_of(batch.optimizer_steps[0])
     assert sample.token_ids[-1] == 101 and sample.advantage == 1.0
 

@@ -42,9 +42,7 @@ def test_padding_is_read_from_the_layout():
     assert parse_layout("(g [a:x | b:y])+pad h+pad").padded == (True, True)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[q:d | ] h", "(g [q:d) h", "(g q:d) h", "h +pad", "h h h", "[q] h", "n*-d h"]
-)
+@pytest.mark.parametrize("text", ["", "[q:d | ] h", "(g [q:d) h", "(g q:d) h", "h +pad", "h h h", "[q] h", "n*-d h"])
 def test_layout_outside_the_language_is_refused(text):
     with pytest.raises(MappingError, match="cannot be read"):
         parse_layout(text)
