@@ -59,7 +59,8 @@ def check_config(
         *_layout(config),
         *_restarts(config),
         *_model_directory(config.model.path),
-        *_data_file(config.data.path),
+        *_data_file("data.path", config.data.path),
+        *_data_file("eval.path", config.eval.path),
         *_run_folder(config),
     ]
     if hf_config is not None:
@@ -258,11 +259,13 @@ def _shards(index: Path) -> Iterator[str]:
         yield f"{index.parent} lacks {len(missing)} of {len(shards)} weight files ({missing[0]} first); download them."
 
 
-def _data_file(path: str) -> Iterator[str]:
+def _data_file(key: str, path: str | None) -> Iterator[str]:
     """A hub name looks like `owner/name`; whatever has a data file's ending or starts at a directory must exist."""
+    if path is None:
+        return
     looks_like_file = Path(path).suffix in {".jsonl", ".json", ".parquet"} or path.startswith((".", "/", "~"))
     if looks_like_file and not Path(path).is_file():
-        yield f"data.path ({path}) must be an existing file or the name of a data set on a hub; correct the path."
+        yield f"{key} ({path}) must be an existing file or the name of a data set on a hub; correct the path."
 
 
 def _run_folder(config: Config) -> Iterator[str]:

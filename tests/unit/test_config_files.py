@@ -36,5 +36,5 @@ def test_shipped_config_loads_and_lacks_nothing_but_its_files(file, tmp_path, mo
         },
     }
     sizes = {"model_type": "llama", "hidden_size": 64, "vocab_size": 14, "max_position_embeddings": 64} | hf_configs[file.stem]
-    missing_files = ("model.path", "data.path")
+    missing_files = ("model.path", "data.path", "eval.path")
     assert [problem for problem in check_config(config, sizes) if not problem.startswith(missing_files)] == []

