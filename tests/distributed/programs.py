@@ -12,11 +12,11 @@ from dapo_megatron.config.schema import Config
 from dapo_megatron.types import TrainBatch
 
 
-def make_config(model_dir: Path, **actor: Any) -> Config:
-    """An fp32 config with the given layout; sizes do not matter to the ranks."""
+def make_config(model_dir: Path, dtype: str = "fp32", **actor: Any) -> Config:
+    """A config with the given layout; sizes do not matter to the ranks."""
     return Config.model_validate(
         {
-            "model": {"path": str(model_dir), "dtype": "fp32", "transformer_impl": "local"},
+            "model": {"path": str(model_dir), "dtype": dtype, "transformer_impl": "local"},
             "data": {"path": "unused.jsonl"},
             "cluster": {"phase_deadline_seconds": 60},
             "actor": actor,

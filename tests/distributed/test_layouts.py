@@ -29,6 +29,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_pp2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
     "dp2": {"num_ranks": 2},
     "tp2_sp": {"tensor_parallel_size": 2, "sequence_parallel": True},
+    "tp2_selective_recompute": {"tensor_parallel_size": 2, "recompute": "selective"},
     "tp2_sp_full_recompute": {"tensor_parallel_size": 2, "sequence_parallel": True, "recompute": "full"},
 }
 
@@ -104,6 +105,19 @@ def test_any_cut_into_micro_batches_gives_the_same_gradient(models: dict[str, Pa
 
 def test_query_groups_that_the_ranks_do_not_divide_are_padded_without_effect(three_groups: Path):
     assert_matches_oracle(three_groups, {"tensor_parallel_size": 2, "pad_query_groups": True})
+
+
+@pytest.mark.parametrize("layout", ["tp2_sp", "pp2"])
+def test_bf16_follows_the_fp32_gradient(models: dict[str, Path], layout: str):
+    batch = cut(random_samples(), num_ranks=1, samples_per_micro_batch=4)
+    result = run_first_step(models["qwen2"], LAYOUTS[layout], batch, dtype="bf16", use_distributed_optimizer=False)[0]
+    _, gradients = oracle.first_step_gradients(oracle.load(models["qwen2"]), batch)
+    for name, expected in gradients.items():
+        got = result["gradients"][name]
+        cosine = (got * expected).sum() / (np.linalg.norm(got) * np.linalg.norm(expected))
+        assert cosine > 0.99, name
+    moved = result["weights_after"]["model.norm.weight"]
+    assert np.isfinite(moved).all()
 
 
 def test_an_empty_micro_batch_changes_nothing(models: dict[str, Path]):

