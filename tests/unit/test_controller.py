@@ -1,0 +1,137 @@
+"""The loop over fakes of the actor and the engines (in process, so that order and failures can be arranged)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dapo_megatron.config.schema import Config
+from dapo_megatron.data.loader import PromptStream
+from dapo_megatron.data.prompts import DataReport, PromptSet
+from dapo_megatron.launcher.controller import Controller, PhaseClock, read_state
+from dapo_megatron.launcher.run_folder import RunFolder
+from dapo_megatron.rollout.engine import GenerateResult, SamplingParams
+from dapo_megatron.rollout.sampler import Sampler, SamplerRules
+from dapo_megatron.types import CheckpointError, EngineError, Prompt, Sample, Score, TrainBatch
+
+
+class FakeActor:
+    """Notes what it is asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+
+    async def train(self, batch: TrainBatch, rollout_step: int) -> dict[str, float]:
+        self.calls.append(("train", rollout_step))
+        return {"actor/num_loss_tokens": sum(step.num_loss_tokens for step in batch.optimizer_steps)}
+
+    async def send_weights(self, version: int) -> AsyncIterator[str]:
+        self.calls.append(("send", version))
+        yield f"weights {version}"
+
+    async def save(self, directory: Path) -> None:
+        self.calls.append(("save", directory.parent.name))
+        (directory / "weights").write_text("w")
+
+    async def load(self, directory: Path) -> None:
+        self.calls.append(("load", directory.parent.name))
+
+
+class FakeEngine:
+    """Every answer is one token; sample i of a prompt says i."""
+
+    weight_version = 0
+
+    def __init__(self) -> None:
+        self.received: list[str] = []
+
+    async def generate(self, requests: Any) -> AsyncIterator[GenerateResult]:
+        for request in requests:
+            samples = tuple(Sample((1,), (-0.5,), (self.weight_version,), "stop", str(i)) for i in range(request.num_samples))
+            yield GenerateResult(request.request_id, samples)
+
+    async def receive(self, message: str) -> int:
+        self.received.append(message)
+        return len(message)
+
+
+class Scorer:
+    """`right` says which answers are correct."""
+
+    def __init__(self, right: set[str]) -> None:
+        self.right = right
+
+    async def score(self, responses: Any, answer: str) -> tuple[Score, ...]:
+        return tuple(Score(1.0 if text in self.right else -1.0, text in self.right) for text in responses)
+
+
+def make(tmp_path: Path, *, right: set[str], **train: Any) -> tuple[Controller, FakeActor, FakeEngine, list[dict], RunFolder]:
+    config = Config.model_validate(
+        {
+            "model": {"path": "unused"},
+            "data": {"path": "unused"},
+            "run": {"dir": str(tmp_path)},
+            "train": {"num_prompts_per_step": 2, "num_samples_per_prompt": 2, "num_updates_per_rollout": 1, **train},
+            "checkpoint": {"every": 2},
+        }
+    )
+    prompts = PromptSet(tuple(Prompt(i, (5, 6), "?", "0") for i in range(7)), DataReport(7, 0, 0, 0, ()), fingerprint="0")
+    stream = PromptStream(prompts, 0, True)
+    engine, actor, rows = FakeEngine(), FakeActor(), []
+    folder = RunFolder(tmp_path)
+    folder.create({})
+    rules = SamplerRules(num_samples_per_prompt=2, params=SamplingParams(), seed=0, max_over_sampling=2)
+    sampler = Sampler([engine], Scorer(right), stream, rules)
+    controller = Controller(
+        config, actor=actor, engines=[engine], sampler=sampler, prompts=stream, folder=folder, report=rows.append
+    )
+    return controller, actor, engine, rows, folder
+
+
+async def test_a_step_samples_with_version_k_and_leaves_version_k_plus_1(tmp_path: Path):
+    controller, actor, engine, rows, _ = make(tmp_path, right={"0"}, num_rollout_steps=2)
+    await controller.run()
+    assert actor.calls == [("send", 0), ("train", 0), ("send", 1), ("train", 1), ("send", 2), ("save", "step_000002.tmp")]
+    assert engine.received == ["weights 0", "weights 1", "weights 2"]
+    assert [(row["rollout_step"], row["weights/version"], row["rollout/num_groups_kept"]) for row in rows] == [
+        (1, 1, 2),
+        (2, 2, 2),
+    ]
+
+
+async def test_data_without_signal_trains_nothing_and_ends(tmp_path: Path):
+    controller, actor, _, rows, _ = make(tmp_path, right={"0", "1"}, num_rollout_steps=2)
+    await controller.run()
+    assert "train" not in {name for name, _ in actor.calls}
+    assert [row["rollout/num_groups_kept"] for row in rows] == [0, 0]
+    assert [row["rollout/num_groups_all_correct"] for row in rows] == [4, 4]
+
+
+async def test_the_run_stops_when_it_is_accurate_enough(tmp_path: Path):
+    controller, _, _, rows, folder = make(tmp_path, right={"0"}, num_rollout_steps=50, stop_at_accuracy=0.5)
+    await controller.run()
+    assert len(rows) == 10
+    newest = folder.newest_checkpoint()
+    assert newest is not None and read_state(newest).num_steps == 10
+
+
+async def test_the_state_of_a_checkpoint_reads_back_as_it_was(tmp_path: Path):
+    controller, _, _, _, folder = make(tmp_path, right={"0"}, num_rollout_steps=2)
+    await controller.run()
+    newest = folder.newest_checkpoint()
+    assert newest is not None
+    state = read_state(newest)
+    assert (state.num_steps, state.sampler.next_group_id) == (2, 4)
+    assert state.prompts == controller._prompts.state() and state.sampler == controller._sampler.state()
+    with pytest.raises(CheckpointError):
+        read_state(tmp_path)
+
+
+async def test_a_phase_over_its_deadline_is_named():
+    clock = PhaseClock(0.01)
+    with pytest.raises(EngineError, match="phase rollout did not end"):
+        await clock.run("rollout", asyncio.sleep(5))
