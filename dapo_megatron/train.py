@@ -47,12 +47,13 @@ def run(config: Config, *, check_only: bool) -> int:
         f"data: {len(prompts.prompts)} prompts of {report.num_rows} rows ({report.num_duplicates} duplicates, "
         f"{report.num_too_long} too long, {report.num_malformed} malformed left out)",
         highlight=False,
+        soft_wrap=True,
     )
     for problem in report.first_problems:
-        console.print(f"  left out: {problem}", style="yellow", markup=False, highlight=False)
+        console.print(f"  left out: {problem}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     if check_only:
         asyncio.run(_check_reward(config))
-        console.print(f"{config.run.dir}: nothing stands against this run", highlight=False)
+        console.print(f"{config.run.dir}: nothing stands against this run", highlight=False, soft_wrap=True)
         return 0
     return _train(config, prompts, held_out, console)
 
@@ -92,6 +93,7 @@ def _train(config: Config, prompts: PromptSet, held_out: PromptSet | None, conso
         console.print(
             f"{start} is the end of this run already; raise train.num_rollout_steps to go on, or use another run.dir to start again",
             highlight=False,
+            soft_wrap=True,
         )
         return 0
     folder.create({"config": resolved_dict(config), "versions": _versions(), "commit": _commit()})
@@ -135,7 +137,11 @@ def _train_once(
     done = state.num_steps if state else 0
     seed, shuffle = config.run.seed, config.data.shuffle
     stream = PromptStream.restore(prompts, seed, shuffle, state.prompts) if state else PromptStream(prompts, seed, shuffle)
-    console.print(f"starting {config.actor.world_size} actor ranks and {config.rollout.num_engines} engines", highlight=False)
+    console.print(
+        f"starting {config.actor.world_size} actor ranks and {config.rollout.num_engines} engines",
+        highlight=False,
+        soft_wrap=True,
+    )
     with (
         MetricsWriter(folder.path, config.metrics) as writer,
         RunConsole(config.train.num_rollout_steps, num_steps_done=done, console=console) as screen,

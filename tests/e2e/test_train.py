@@ -20,13 +20,8 @@ TIMED = ("time/", "throughput/", "checkpoint/")
 
 
 def command(folder: Path, *overrides: str, name: str = "run") -> list[str]:
-    """The quick start in a folder of its own."""
-    assets = folder / "assets"
-    return [
-        *(sys.executable, "-m", "dapo_megatron", "train", str(QUICKSTART)),
-        *("--run.dir", str(folder / name), "--model.path", str(assets / "model"), "--data.path", str(assets / "max.jsonl")),
-        *overrides,
-    ]
+    """The quick start; it is run in `folder`, where its assets then lie too."""
+    return [sys.executable, "-m", "dapo_megatron", "train", str(QUICKSTART), "--run.dir", str(folder / name), *overrides]
 
 
 def train(folder: Path, *overrides: str, name: str = "run") -> subprocess.CompletedProcess[str]:
