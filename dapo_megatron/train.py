@@ -63,13 +63,19 @@ def check(config: Config) -> tuple[PromptSet, PromptSet | None]:
 
     Returns the training prompts and the held-out ones.
     """
-    hf_config = read_hf_config(config.model.path)
-    problems = check_config(config, hf_config)
+    hf_config = read_hf_config(config.model.path) if (config.model.path / "config.json").is_file() else None
+    problems = check_config(config, hf_config, _megatron_extra_names() if config.actor.megatron_extra else None)
     if problems:
         raise ConfigError(problems)
     tokenizer = load_tokenizer(config.model.path)
     held_out = load_prompts(config.data.model_copy(update={"path": config.eval.path}), tokenizer) if config.eval.path else None
     return load_prompts(config.data, tokenizer), held_out
+
+
+def _megatron_extra_names() -> frozenset[str]:
+    from dapo_megatron.models.extra import transformer_config_fields
+
+    return transformer_config_fields()
 
 
 def load_tokenizer(path: Path) -> Any:

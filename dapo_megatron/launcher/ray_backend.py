@@ -202,7 +202,12 @@ def ray_session(config: Config) -> Iterator[None]:
         }
     else:
         options |= {"address": config.cluster.ray_address}
-    ray.init(**options)
+    try:
+        ray.init(**options)
+    except Exception as error:  # ray raises bare Exception when its processes do not come up in time
+        raise EngineError(
+            f"Ray did not start ({error}); look at /tmp/ray/session_latest/logs, or set cluster.ray_address"
+        ) from error
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from dapo_megatron.config.schema import Config
 from dapo_megatron.types import TrainBatch
 from tests.distributed import oracle, programs
 from tests.distributed.batches import cut, random_samples
@@ -118,6 +119,32 @@ def test_bf16_follows_the_fp32_gradient(models: dict[str, Path], layout: str):
         assert cosine > 0.99, name
     moved = result["weights_after"]["model.norm.weight"]
     assert np.isfinite(moved).all()
+
+
+def several_updates(rank: int, init_method: str, config: Config, batch: TrainBatch) -> dict[str, float]:
+    from dapo_megatron.actor.worker import ActorWorker
+
+    return ActorWorker(config, rank=rank, init_method=init_method).train(batch, rollout_step=0)
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2_vpp2"])
+def test_later_updates_keep_the_log_probs_of_the_weights_that_sampled(models: dict[str, Path], layout: str):
+    """Old log-probs are taken before the first update, so only the ratio moves, and the engine's values stay the yardstick."""
+    samples = random_samples(12)
+    reference = oracle.load(models["qwen3"])
+    with torch.no_grad():
+        samples = [replace(s, rollout_log_probs=tuple(oracle.sequence_log_probs(reference, s).tolist())) for s in samples]
+    steps = tuple(
+        cut(samples[i : i + 4], num_ranks=1, samples_per_micro_batch=2).optimizer_steps[0] for i in range(0, len(samples), 4)
+    )
+    config = programs.make_config(
+        models["qwen3"], **LAYOUTS[layout], optimizer={"lr": 1e-2, "num_warmup_rollout_steps": 0, "clip_grad": 0.0}
+    )
+    metrics = run_ranks(several_updates, 2, config, TrainBatch(steps))
+    assert metrics[0] == metrics[1]
+    assert metrics[0]["actor/num_optimizer_steps"] == 3
+    assert metrics[0]["actor/ratio_max"] > 1.05
+    assert metrics[0]["actor/log_prob_diff_max"] < 1e-4
 
 
 def test_an_empty_micro_batch_changes_nothing(models: dict[str, Path]):
