@@ -1,0 +1,1 @@
+"""Command-line tools over `dapo_megatron.weights`."""
