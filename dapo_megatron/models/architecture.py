@@ -1,10 +1,13 @@
-"""What an HF config.json says about a decoder, as one record. The only place that knows HF field names and defaults."""
+"""What an HF config.json says about a decoder, as one record. Sizes are those of the mapping tables."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from dapo_megatron.weights.families import with_defaults
+from dapo_megatron.weights.families.dense import dense_sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +46,16 @@ class Architecture:
         # transformers 5 writes `rope_parameters`; older files have `rope_theta` and `rope_scaling` at the top.
         rope = {"rope_theta": hf.get("rope_theta"), **(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
         rope_type = rope.get("rope_type") or rope.get("type") or "default"
-        heads = hf["num_attention_heads"]
+        sizes = dense_sizes(with_defaults(hf))
         return cls(
             model_type=hf["model_type"],
-            num_layers=hf["num_hidden_layers"],
-            hidden_size=hf["hidden_size"],
-            ffn_hidden_size=hf["intermediate_size"],
-            num_attention_heads=heads,
-            num_query_groups=hf.get("num_key_value_heads") or heads,
-            head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-            vocab_size=hf["vocab_size"],
+            num_layers=sizes["L"],
+            hidden_size=sizes["h"],
+            ffn_hidden_size=sizes["f"],
+            num_attention_heads=sizes["g"] * sizes["n"],
+            num_query_groups=sizes["g"],
+            head_dim=sizes["d"],
+            vocab_size=sizes["v"],
             rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
             max_position_embeddings=hf["max_position_embeddings"],
             tie_word_embeddings=hf.get("tie_word_embeddings", False),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dapo_megatron.types import MappingError
-from dapo_megatron.weights.families import family_of
+from dapo_megatron.weights.families import family_of, with_defaults
 from dapo_megatron.weights.layout import Rule, Run, compile_layout, fill_indices, index_values, parse_table
 from dapo_megatron.weights.tiling import Rectangle, prove_tiling
 
@@ -106,7 +106,7 @@ def compile_mapping(hf_config: Mapping[str, Any]) -> ModelMapping:
     MappingError names an unsupported `model_type` or field, or the tensor and rows where the family's table does not tile.
     """
     family = family_of(hf_config)
-    config = {**family.defaults, **{key: value for key, value in hf_config.items() if value is not None}}
+    config = with_defaults(hf_config)
     rules = tuple(rule for rule in parse_table(family.table) if _exists(rule, config))
     return compile_rules(rules, family.sizes(config), family.aliases)
 

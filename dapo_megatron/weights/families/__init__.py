@@ -30,3 +30,8 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
     if hf_config.get("quantization_config"):
         raise MappingError("quantization_config must be absent: quantised tensors are not mapped; use the unquantised model")
     return family
+
+
+def with_defaults(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json with what transformers assumes for missing and null fields. Errors as `family_of`."""
+    return {**family_of(hf_config).defaults, **{key: value for key, value in hf_config.items() if value is not None}}
