@@ -5,7 +5,7 @@ Everything here is picklable and free of torch, ray, megatron and sglang, so any
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -49,6 +49,8 @@ class Score:
     correct: bool
     error: str | None = None
     """Why the verdict is a default one (time-out, worker killed, exception); None when the function answered."""
+    answer: str | None = field(default=None, compare=False)
+    """What the response states, in the form in which maj@k counts votes; None when it states nothing. No part of the verdict."""
 
 
 @dataclass(frozen=True, slots=True)

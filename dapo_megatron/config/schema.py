@@ -238,7 +238,7 @@ class EvalConfig(Section):
 
     path: str | None = None
     """Held-out prompts, in the columns of `data`. None: no evaluation."""
-    every: int = Field(0, ge=0)
+    interval: int = Field(0, ge=0)
     """Rollout steps between evaluations; the last step is always evaluated. 0: only then."""
     num_samples: PositiveInt = 1
     """Responses per prompt; eval/accuracy is their mean (avg@num_samples)."""

@@ -117,7 +117,7 @@ class Controller:
             row["weights/sync_bytes"] = await self._clock.run("sync", self._sync(step + 1))
             self._num_steps_done = step + 1
             done = step + 1 == last or self._accurate_enough(row)
-            if self._evaluate is not None and _is_due(self._config.eval.every, step + 1, done):
+            if self._evaluate is not None and _is_due(self._config.eval.interval, step + 1, done):
                 row |= await self._clock.run("eval", self._evaluate())
             if self._must_save(done):
                 row["checkpoint/bytes"] = await self._clock.run("save", self._save())

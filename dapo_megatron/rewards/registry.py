@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Protocol, SupportsFloat, cast
 
 from dapo_megatron.rewards.rules import is_dapo_correct, is_exact
+from dapo_megatron.rewards.stated_answer import states_nothing
 from dapo_megatron.types import RewardError, Score
 
 _MAX_ERROR_CHARS = 300
@@ -28,18 +30,21 @@ class Judge:
     function: RewardFn
     correct_reward: float
     wrong_reward: float
+    stated_answer: Callable[[str], str | None] = states_nothing
+    """What a response votes for in maj@k."""
 
     def score(self, response: str, answer: str) -> Score:
         """The function's verdict; whatever the function raises becomes a wrong verdict with `error` set."""
         try:
             verdict = self.function(response, answer)
+            stated = self.stated_answer(response)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - user code may raise anything; it costs this sample only
             return self._failed(f"{type(error).__name__}: {error}")
         if isinstance(verdict, bool):
-            return Score(self.correct_reward if verdict else self.wrong_reward, verdict)
+            return Score(self.correct_reward if verdict else self.wrong_reward, verdict, answer=stated)
         if isinstance(verdict, SupportsFloat):
             reward = float(verdict)
-            verdict = Score(reward, correct=reward > 0)
+            verdict = Score(reward, correct=reward > 0, answer=stated)
         if not isinstance(verdict, Score):
             return self._failed(f"reward function returned {verdict!r}; return a Score, a number or a bool")
         if not math.isfinite(verdict.reward):

@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from dapo_megatron.rewards.registry import Judge, load_reward_function
+from dapo_megatron.rewards.stated_answer import stated_answer_rule
 from dapo_megatron.types import RewardError
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -49,7 +50,7 @@ def serve(connection: Connection) -> None:
     except RewardError as error:
         connection.send(RewardError(str(error)))  # without its cause, which may not be picklable
         return
-    judge = Judge(function, setup.correct_reward, setup.wrong_reward)
+    judge = Judge(function, setup.correct_reward, setup.wrong_reward, stated_answer_rule(setup.type))
     _limit_memory_growth(setup.memory_limit_mib)
     connection.send(None)
     while True:
