@@ -5,8 +5,10 @@ Everything here is picklable and free of torch, ray, megatron and sglang, so any
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
+
+from dapo_megatron.arrays import FLOAT32, INT32, Float32Array, Int32Array, records_equal, set_column
 
 FinishReason = Literal["stop", "length", "abort"]
 LossAggregation = Literal["token_mean", "prompt_mean", "sample_mean"]
@@ -25,20 +27,30 @@ class Prompt:
     answer: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Sample:
-    """One finished response.
+    """One finished response of T tokens; the arrays are [T] and read-only.
 
     `log_probs[t]` (nats) is the engine's log-probability of `token_ids[t]` under the distribution it sampled from;
-    `weight_versions[t]` the actor weights that produced the token. Both have the length of `token_ids`, which includes the
-    stop token when `finish_reason == "stop"`.
+    `weight_versions[t]` the actor weights that produced the token. T includes the stop token when `finish_reason == "stop"`.
+    Any sequences are taken and kept as arrays; ValueError when their lengths differ.
     """
 
-    token_ids: tuple[int, ...]
-    log_probs: tuple[float, ...]
-    weight_versions: tuple[int, ...]
+    token_ids: Int32Array
+    log_probs: Float32Array
+    weight_versions: Int32Array
     finish_reason: FinishReason
     text: str
+
+    def __post_init__(self) -> None:
+        for name, column in (("token_ids", INT32), ("log_probs", FLOAT32), ("weight_versions", INT32)):
+            set_column(self, name, column)
+        lengths = len(self.token_ids), len(self.log_probs), len(self.weight_versions)
+        if len(set(lengths)) > 1:
+            raise ValueError(f"token_ids, log_probs and weight_versions have lengths {lengths}; give one of each per token")
+
+    def __eq__(self, other: object) -> bool:
+        return records_equal(self, other)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,24 +87,36 @@ class RolloutGroup:
     @property
     def oldest_weight_version(self) -> int:
         """The oldest weights that produced any token of the group."""
-        return min(min(sample.weight_versions) for sample in self.samples if sample.weight_versions)
+        return min(int(sample.weight_versions.min()) for sample in self.samples if len(sample.weight_versions))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class TrainSample:
-    """One sequence (prompt, then response) as the actor trains on it.
+    """One sequence (prompt, then response) as the actor trains on it; `rollout_log_probs` (nats) has one entry per response token.
 
     `loss_weight` scales every token of the sample so that sum(weight * token loss) / (trained tokens of the optimizer step)
     is the configured aggregation: 1 for `token_mean`.
     """
 
-    token_ids: tuple[int, ...]
+    token_ids: Int32Array
     num_prompt_tokens: int
-    rollout_log_probs: tuple[float, ...]
+    rollout_log_probs: Float32Array
     advantage: float
     loss_weight: float
     on_policy: bool = True
     """Every token was sampled by the weights about to be trained; False for a surplus group of an earlier rollout step."""
+
+    def __post_init__(self) -> None:
+        set_column(self, "token_ids", INT32)
+        set_column(self, "rollout_log_probs", FLOAT32)
+        if len(self.rollout_log_probs) != self.num_loss_tokens:
+            raise ValueError(
+                f"rollout_log_probs has {len(self.rollout_log_probs)} entries for {self.num_loss_tokens} response tokens; "
+                "give one per response token"
+            )
+
+    def __eq__(self, other: object) -> bool:
+        return records_equal(self, other)
 
     @property
     def num_loss_tokens(self) -> int:
@@ -114,12 +138,21 @@ class OptimizerStepBatch:
     num_loss_tokens: int
     """Trained tokens over all ranks and micro-batches: the normaliser."""
 
+    def share(self, dp_rank: int) -> OptimizerStepBatch:
+        """The step with nothing but the micro-batches of one data-parallel rank; the other ranks' places are empty."""
+        places = enumerate(self.micro_batches)
+        return replace(self, micro_batches=tuple(of_rank if rank == dp_rank else () for rank, of_rank in places))
+
 
 @dataclass(frozen=True, slots=True)
 class TrainBatch:
     """All optimizer steps of one rollout step, in order."""
 
     optimizer_steps: tuple[OptimizerStepBatch, ...]
+
+    def share(self, dp_rank: int) -> TrainBatch:
+        """What one data-parallel rank needs of the batch, see `OptimizerStepBatch.share`."""
+        return TrainBatch(tuple(step.share(dp_rank) for step in self.optimizer_steps))
 
 
 class DapoMegatronError(Exception):

@@ -6,6 +6,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from dapo_megatron.algo.advantage import AdvantageStd, group_advantages
 from dapo_megatron.algo.aggregation import sample_loss_weights
 from dapo_megatron.algo.overlong import soft_overlong_punishment
@@ -66,34 +68,38 @@ def build_train_batch(groups: Sequence[RolloutGroup], rules: TrainBatchRules, *,
 @dataclass(frozen=True, slots=True)
 class _TrainedResponse:
     group: RolloutGroup
+    prompt_token_ids: np.ndarray
     sample: Sample
     advantage: float
+    on_policy: bool
 
 
-def _trained_responses(group: RolloutGroup, rules: TrainBatchRules) -> list[_TrainedResponse]:
+def _trained_responses(group: RolloutGroup, rules: TrainBatchRules, weight_version: int) -> list[_TrainedResponse]:
     """Samples of the group that enter the loss. Those that do not still count in the mean and the standard deviation."""
     advantages = group_advantages(
         shaped_rewards(group, rules), normalize_by_std=rules.normalize_advantage_by_std, std=rules.advantage_std
     )
+    prompt_token_ids = np.array(group.prompt.token_ids, np.int32)
+    on_policy = group.oldest_weight_version >= weight_version
     return [
-        _TrainedResponse(group, sample, advantage)
+        _TrainedResponse(group, prompt_token_ids, sample, advantage, on_policy)
         for sample, advantage in zip(group.samples, advantages, strict=True)
-        if sample.token_ids and not (rules.overlong_filtering and sample.finish_reason == "length")
+        if len(sample.token_ids) and not (rules.overlong_filtering and sample.finish_reason == "length")
     ]
 
 
 def _optimizer_step(groups: Sequence[RolloutGroup], rules: TrainBatchRules, weight_version: int) -> OptimizerStepBatch:
-    responses = [response for group in groups for response in _trained_responses(group, rules)]
+    responses = [response for group in groups for response in _trained_responses(group, rules, weight_version)]
     num_tokens = [len(response.sample.token_ids) for response in responses]
     loss_weights = sample_loss_weights(rules.loss_aggregation, num_tokens, [response.group.group_id for response in responses])
     samples = [
         TrainSample(
-            token_ids=response.group.prompt.token_ids + response.sample.token_ids,
+            token_ids=np.concatenate((response.prompt_token_ids, response.sample.token_ids)),
             num_prompt_tokens=len(response.group.prompt.token_ids),
             rollout_log_probs=response.sample.log_probs,
             advantage=response.advantage,
             loss_weight=loss_weight,
-            on_policy=response.group.oldest_weight_version >= weight_version,
+            on_policy=response.on_policy,
         )
         for response, loss_weight in zip(responses, loss_weights, strict=True)
     ]

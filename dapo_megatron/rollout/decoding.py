@@ -37,8 +37,8 @@ class _Admission:
 
 @dataclass(frozen=True, slots=True)
 class _Response:
-    token_ids: tuple[int, ...]
-    log_probs: tuple[float, ...]
+    token_ids: np.ndarray
+    log_probs: np.ndarray
     stopped: bool
 
 
@@ -182,7 +182,7 @@ class Decoding:
             count, request_index = rows.count[row], int(rows.request[row])
             responses = self._responses[request_index]
             responses[int(rows.sample[row])] = _Response(
-                tuple(rows.tokens[row, :count].tolist()), tuple(rows.log_probs[row, :count].tolist()), bool(rows.stopped[row])
+                rows.tokens[row, :count].astype(np.int32), rows.log_probs[row, :count].copy(), bool(rows.stopped[row])
             )
             if len(responses) == self._requests[request_index].num_samples:
                 complete.append(request_index)
@@ -196,7 +196,7 @@ class Decoding:
     def _results(self, request_indices: list[int]) -> list[GenerateResult]:
         """The records of complete requests; all texts are decoded in one call."""
         responses = [self._responses[i][sample] for i in request_indices for sample in range(self._requests[i].num_samples)]
-        texts = self._tokenizer.batch_decode([list(response.token_ids) for response in responses], skip_special_tokens=True)
+        texts = self._tokenizer.batch_decode([response.token_ids.tolist() for response in responses], skip_special_tokens=True)
         samples = iter([self._sample(response, text) for response, text in zip(responses, texts, strict=True)])
         results = []
         for index in request_indices:
@@ -210,7 +210,7 @@ class Decoding:
         return Sample(
             token_ids=response.token_ids,
             log_probs=response.log_probs,
-            weight_versions=(self._weight_version,) * len(response.token_ids),
+            weight_versions=np.full(len(response.token_ids), self._weight_version, np.int32),
             finish_reason="stop" if response.stopped else "length",
             text=text,
         )

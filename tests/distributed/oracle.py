@@ -13,7 +13,7 @@ from dapo_megatron.types import TrainBatch, TrainSample
 
 def sequence_log_probs(model: torch.nn.Module, sample: TrainSample) -> torch.Tensor:
     """Log-probs of the response tokens of one sample, differentiable."""
-    tokens = torch.tensor(sample.token_ids)
+    tokens = torch.tensor(sample.token_ids, dtype=torch.int64)
     logits = model(tokens[None]).logits[0, :-1]
     picked = torch.log_softmax(logits, dim=-1).gather(1, tokens[1:, None])[:, 0]
     return picked[sample.num_prompt_tokens - 1 :]

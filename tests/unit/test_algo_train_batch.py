@@ -61,9 +61,9 @@ def groups_of(step: OptimizerStepBatch) -> set[int]:
 def test_train_sample_is_prompt_then_response_with_the_engines_log_probs():
     scored = group(2, [4, 5], [True, False])
     sample = by_response(build_train_batch([scored], RULES, seed=0, weight_version=0))[201]
-    assert sample.token_ids == (-2, -2, -2, 201, 201, 201, 201, 201)
+    assert sample.token_ids.tolist() == [-2, -2, -2, 201, 201, 201, 201, 201]
     assert sample.num_prompt_tokens == 3 and sample.num_loss_tokens == 5
-    assert sample.rollout_log_probs == scored.samples[1].log_probs
+    assert sample.rollout_log_probs.tolist() == scored.samples[1].log_probs.tolist()
     assert sample.loss_weight == 1.0
 
 
