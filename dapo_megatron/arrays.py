@@ -1,4 +1,7 @@
-"""Columns of the records: one-dimensional numpy arrays that are read-only, compare by value and survive JSON bit for bit."""
+"""Columns of the records: one-dimensional numpy arrays that are read-only, compare by value and survive JSON bit for bit.
+
+numpy and pydantic are imported where they are used: verifier processes import the records and start without either.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,9 @@ import zlib
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from pydantic import GetCoreSchemaHandler
     from pydantic_core import CoreSchema
 
@@ -26,6 +28,8 @@ class Column:
 
     def array(self, values: Any) -> NDArray[Any]:
         """`values` as a read-only array [T]; nothing is copied when the dtype is right. ValueError for any other shape."""
+        import numpy as np
+
         array = np.asarray(values, dtype=self.dtype)
         if array.ndim != 1:
             raise ValueError(f"the array has shape {array.shape}; give one dimension")
@@ -39,6 +43,8 @@ class Column:
 
     def load(self, text: Any) -> NDArray[Any]:
         """What `dump` wrote; an array stays as it is. ValueError for any other input."""
+        import numpy as np
+
         if isinstance(text, np.ndarray):
             return self.array(text)
         try:
@@ -47,7 +53,7 @@ class Column:
             raise ValueError(f"the text is not a packed array of {self.dtype}: {error}") from error
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        from pydantic_core import core_schema  # here: verifier processes import the records and start without pydantic
+        from pydantic_core import core_schema
 
         return core_schema.no_info_plain_validator_function(
             self.load, serialization=core_schema.plain_serializer_function_ser_schema(self.dump)
@@ -57,8 +63,12 @@ class Column:
 INT32 = Column("<i4")
 FLOAT32 = Column("<f4")
 
-Int32Array = Annotated[NDArray[np.int32], INT32]
-Float32Array = Annotated[NDArray[np.float32], FLOAT32]
+if TYPE_CHECKING:
+    Int32Array = Annotated[NDArray[np.int32], INT32]
+    Float32Array = Annotated[NDArray[np.float32], FLOAT32]
+else:
+    Int32Array = Annotated[Any, INT32]
+    Float32Array = Annotated[Any, FLOAT32]
 
 
 def set_column(record: Any, name: str, column: Column) -> None:
@@ -68,6 +78,8 @@ def set_column(record: Any, name: str, column: Column) -> None:
 
 def records_equal(record: Any, other: Any) -> bool:
     """`__eq__` of a dataclass with array fields: same type, and every field equal (arrays element by element; NaN equals nothing)."""
+    import numpy as np
+
     if type(record) is not type(other):
         return False
     pairs = ((getattr(record, field.name), getattr(other, field.name)) for field in fields(record))
