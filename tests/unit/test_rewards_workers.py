@@ -5,6 +5,7 @@ import os
 import pickle
 import signal
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,9 @@ USER_MODULE = """
             raise ValueError("no verdict")
         if response == "memory":
             return len(bytearray(4 << 30))
+        if response == "hoard":
+            HOARD.append(bytearray(100 << 20))
+            return 0.25
         if response == "recursion":
             return score(response, answer)
         if response == "text":
@@ -48,6 +52,8 @@ USER_MODULE = """
         if response == "modules":
             return float("torch" in sys.modules or "pydantic" in sys.modules)
         return 0.25 if response == answer else -0.5
+
+    HOARD = []
 
     def backtracking(response, answer):
         return re.fullmatch(r"(a+)+b", response) is not None
@@ -64,6 +70,10 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Name of an importable module with reward functions that misbehave on demand."""
     (tmp_path / "my_rewards.py").write_text(textwrap.dedent(USER_MODULE))
     (tmp_path / "broken_rewards.py").write_text("1 / 0\n")
+    (tmp_path / "threaded_rewards.py").write_text(
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(60,), name='ticker', daemon=True).start()\n"
+        "def score(response, answer): return 1.0\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     return "my_rewards"
 
@@ -75,6 +85,19 @@ def custom(function: str, **settings) -> RewardConfig:
 async def score_once(config: RewardConfig, responses: list[str], answer: str) -> tuple[Score, ...]:
     async with RewardWorkers(config) as workers:
         return await workers.score(responses, answer)
+
+
+def has_ended(pid: int) -> bool:
+    """Whether the process is gone, or a zombie, within five seconds."""
+    stat = Path(f"/proc/{pid}/stat")
+    for _ in range(100):
+        try:
+            if stat.read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.05)
+    return False
 
 
 RIGHT, WRONG = Score(1.0, True), Score(-1.0, False)
@@ -166,17 +189,41 @@ async def test_misbehaving_function_costs_one_sample(user_module: str, response:
     assert scores == (good, lost, bad, good, lost, good)
 
 
+async def test_memory_that_earlier_responses_hold_is_given_back_once_it_runs_out(user_module: str):
+    config = custom(f"{user_module}:score", num_workers=1, memory_limit_mib=350)
+    scores = await score_once(config, ["hoard"] * 7 + ["3"], "3")
+    assert [score.error for score in scores] == [None] * 3 + ["MemoryError: "] + [None] * 3 + [None]
+    assert all(score.correct for score in scores if score.error is None)
+
+
+async def test_a_killed_scorer_is_replaced_without_loading_the_function_again(user_module: str, tmp_path: Path):
+    (tmp_path / "counted_rewards.py").write_text(
+        f"import os\nopen({str(tmp_path / 'loads')!r}, 'a').write('x')\n"
+        "def score(response, answer): return os._exit(1) if response == 'exit' else 1.0\n"
+    )
+    scores = await score_once(custom("counted_rewards:score", num_workers=2), ["exit", "3"] * 10, "3")
+    assert [score.correct for score in scores] == [False, True] * 10
+    assert (tmp_path / "loads").read_text() == "x"
+
+
+async def test_scoring_goes_on_when_all_verifier_processes_are_killed_from_outside(user_module: str):
+    async with RewardWorkers(custom(f"{user_module}:score", num_workers=2)) as workers:
+        assert (await workers.score(["3"], "3"))[0].correct
+        pids = [scorer.pid for scorer in workers._scorers]
+        workers._server._process.kill()
+        assert all(map(has_ended, pids))
+        lost = await workers.score(["3"] * 2, "3")  # one slot for each dead scorer at most
+        assert all(score.error is None or score.error == "the verifier process ended with code -9" for score in lost)
+        assert all(score.correct for score in await workers.score(["3"] * 32, "3"))
+
+
 async def test_kill_reaches_what_the_function_started(user_module: str, tmp_path: Path):
     pid_file = tmp_path / "pid"
     await score_once(custom(f"{user_module}:score", num_workers=1, timeout_seconds=1.0), ["child"], str(pid_file))
     pid = int(pid_file.read_text())
-    stat = Path(f"/proc/{pid}/stat")
-    for _ in range(100):
-        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
-            return
-        await asyncio.sleep(0.05)
-    os.kill(pid, signal.SIGKILL)
-    pytest.fail(f"process {pid} outlived the verifier that started it")
+    if not has_ended(pid):
+        os.kill(pid, signal.SIGKILL)
+        pytest.fail(f"process {pid} outlived the verifier that started it")
 
 
 async def test_start_up_does_not_count_against_the_deadline(user_module: str, tmp_path: Path):
@@ -202,6 +249,7 @@ async def test_only_the_end_of_a_long_response_is_scored(user_module: str):
         ("broken_rewards:score", "ZeroDivisionError"),
         ("my_rewards:missing", "name a function of my_rewards"),
         ("my_rewards:not_callable", "must be callable as (response, answer)"),
+        ("threaded_rewards:score", "starts threads when it is imported (ticker)"),
     ],
 )
 async def test_function_that_cannot_be_loaded_is_an_error_not_a_hang(user_module: str, function: str | None, message: str):
@@ -224,7 +272,7 @@ async def test_process_that_dies_while_loading_is_an_error(user_module: str, tmp
 async def test_close_ends_processes_and_pending_calls(user_module: str):
     workers = RewardWorkers(custom(f"{user_module}:score", num_workers=2, timeout_seconds=60.0))
     await workers.wait_ready()
-    processes = [process._process for process in workers._processes]
+    pids = [scorer.pid for scorer in workers._scorers]
     pending = asyncio.create_task(workers.score(["sleep"] * 32, "3"))
     await asyncio.sleep(0.1)
     workers.close()
@@ -233,13 +281,13 @@ async def test_close_ends_processes_and_pending_calls(user_module: str):
         await pending
     with pytest.raises(RewardError, match="closed"):
         await workers.score(["3"], "3")
-    assert [process.returncode for process in processes] == [-9, -9]
+    assert len(pids) == 2 and all(map(has_ended, pids))
 
 
 async def test_close_during_start_up_leaves_nothing_behind():
     workers = RewardWorkers(RewardConfig(type="math", num_workers=2))
     workers.close()
-    assert workers._processes == set()
+    assert workers._scorers == set()
     with pytest.raises(RewardError, match="closed"):
         await workers.wait_ready()
 
