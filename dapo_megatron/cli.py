@@ -71,6 +71,14 @@ def train(
     check: Annotated[
         bool, typer.Option("--check", help="Report every problem that can be known without starting anything, then exit.")
     ] = False,
+    allow_changed: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-changed",
+            metavar="NAME[,NAME]",
+            help="Go on from a checkpoint although this changed: a config path or section, data, code, versions, canary.",
+        ),
+    ] = None,
 ) -> None:
     """Train a policy with DAPO.
 
@@ -90,6 +98,8 @@ def train(
     from dapo_megatron.train import run
 
     files, overrides = split_arguments(arguments)
+    if allow_changed:
+        overrides.append(f"--checkpoint.allow_changed=[{','.join(allow_changed)}]")
     raise typer.Exit(run(load_config(files, overrides), check_only=check))
 
 

@@ -21,6 +21,8 @@ from dapo_megatron.config.load import resolved_dict
 from dapo_megatron.config.schema import Config
 from dapo_megatron.data.loader import PromptStream
 from dapo_megatron.data.prompts import PromptSet, load_prompts
+from dapo_megatron.launcher.controller import read_state
+from dapo_megatron.launcher.identity import RunIdentity, identity_of, require_same
 from dapo_megatron.launcher.run_folder import RunFolder, num_steps_of
 from dapo_megatron.metrics.console import RunConsole
 from dapo_megatron.metrics.writers import MetricsWriter
@@ -51,11 +53,16 @@ def run(config: Config, *, check_only: bool) -> int:
     )
     for problem in report.first_problems:
         console.print(f"  left out: {problem}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    folder = RunFolder(config.run.dir)
+    identity = identity_of(config, prompts.fingerprint)
+    start = starting_checkpoint(config, folder)
+    if start is not None:
+        require_same(read_state(start).identity, identity, config.checkpoint.allow_changed, start)
     if check_only:
         asyncio.run(_check_reward(config))
         console.print(f"{config.run.dir}: nothing stands against this run", highlight=False, soft_wrap=True)
         return 0
-    return _train(config, prompts, held_out, console)
+    return _train(config, prompts, held_out, identity, start, console)
 
 
 def check(config: Config) -> tuple[PromptSet, PromptSet | None]:
@@ -90,11 +97,17 @@ async def _check_reward(config: Config) -> None:
         await workers.wait_ready()
 
 
-def _train(config: Config, prompts: PromptSet, held_out: PromptSet | None, console: Console) -> int:
+def _train(
+    config: Config,
+    prompts: PromptSet,
+    held_out: PromptSet | None,
+    identity: RunIdentity,
+    start: Path | None,
+    console: Console,
+) -> int:
     from dapo_megatron.launcher.ray_backend import ray_session
 
     folder = RunFolder(config.run.dir)
-    start = starting_checkpoint(config, folder)
     if start is not None and start.parent == folder.checkpoints and num_steps_of(start) >= config.train.num_rollout_steps:
         console.print(
             f"{start} is the end of this run already; raise train.num_rollout_steps to go on, or use another run.dir to start again",
@@ -106,7 +119,7 @@ def _train(config: Config, prompts: PromptSet, held_out: PromptSet | None, conso
     with ray_session(config):
         for restarts_left in range(config.run.max_restarts, -1, -1):
             try:
-                _train_once(config, prompts, held_out, folder, start, console)
+                _train_once(config, prompts, held_out, identity, folder, start, console)
                 return 0
             except RESTARTABLE as error:
                 if not restarts_left:
@@ -132,17 +145,26 @@ def starting_checkpoint(config: Config, folder: RunFolder) -> Path | None:
 
 
 def _train_once(
-    config: Config, prompts: PromptSet, held_out: PromptSet | None, folder: RunFolder, start: Path | None, console: Console
+    config: Config,
+    prompts: PromptSet,
+    held_out: PromptSet | None,
+    identity: RunIdentity,
+    folder: RunFolder,
+    start: Path | None,
+    console: Console,
 ) -> None:
     from dapo_megatron.eval.held_out import evaluate
-    from dapo_megatron.launcher.controller import Controller, read_state
+    from dapo_megatron.launcher.controller import Controller
     from dapo_megatron.launcher.ray_backend import backend
     from dapo_megatron.rollout.sampler import Sampler
 
     state = read_state(start) if start else None
     done = state.num_steps if state else 0
     seed, shuffle = config.run.seed, config.data.shuffle
-    stream = PromptStream.restore(prompts, seed, shuffle, state.prompts) if state else PromptStream(prompts, seed, shuffle)
+    if state:  # what may have changed was compared before
+        stream = PromptStream.restore(prompts, seed, shuffle, state.prompts, allow_changed=True)
+    else:
+        stream = PromptStream(prompts, seed, shuffle)
     console.print(
         f"starting {config.actor.world_size} actor ranks and {config.rollout.num_engines} engines",
         highlight=False,
@@ -186,8 +208,9 @@ def _train_once(
                     prompts=stream,
                     folder=folder,
                     report=report,
+                    identity=identity,
                     evaluate=measure,
-                    num_steps_done=done,
+                    state=state,
                 )
                 await controller.run(start)
 

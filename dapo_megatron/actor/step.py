@@ -110,6 +110,15 @@ def train_micro_batches(
     return _reduce([data["stats"] for data in collected], micro_batches[0].input_ids.device)
 
 
+def evaluate_loss(chunks: Sequence[Any], micro_batches: Sequence[MicroBatchTensors], head: LmHead, algo: AlgoConfig) -> float:
+    """Mean loss per trained token against the engine's log-probs, without gradients; the same on every rank."""
+    with torch.no_grad():
+        items = [(batch, None) for batch in micro_batches]
+        collected = _run_schedule(chunks, items, partial(_forward_loss, head=head, algo=algo), forward_only=True)
+    statistics = _reduce([data["stats"] for data in collected], micro_batches[0].input_ids.device)
+    return statistics.loss_sum / statistics.num_loss_tokens
+
+
 def compute_log_probs(chunks: Sequence[Any], micro_batches: Sequence[MicroBatchTensors], head: LmHead) -> list[Tensor]:
     """Log-probs of the trained tokens, fp32 [R] a micro-batch, on last-stage ranks; an empty list elsewhere."""
     with torch.no_grad():

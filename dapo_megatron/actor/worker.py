@@ -6,14 +6,16 @@ Importing this module imports megatron-core; call `cpu_adapter.install()` first.
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from megatron.core import parallel_state
 
-from dapo_megatron.actor import checkpoint, parallel
+from dapo_megatron.actor import canary, checkpoint, parallel
+from dapo_megatron.actor.checkpoint import BackgroundSave
 from dapo_megatron.actor.live_weights import live_boxes, load_hf
 from dapo_megatron.actor.micro_batch import MicroBatchTensors, to_tensors
 from dapo_megatron.actor.optimizer import learning_rate, set_learning_rate
@@ -22,9 +24,12 @@ from dapo_megatron.actor.step import LossStatistics, compute_log_probs, train_mi
 from dapo_megatron.actor.weight_sender import WeightSender
 from dapo_megatron.config.schema import Config
 from dapo_megatron.models.architecture import Architecture
-from dapo_megatron.types import NumericsError, OptimizerStepBatch, TrainBatch
+from dapo_megatron.types import CheckpointError, NumericsError, OptimizerStepBatch, TrainBatch
+from dapo_megatron.weights.file_digest import FileDigest
 from dapo_megatron.weights.plan import compile_mapping
 from dapo_megatron.weights.sync import WeightBucket, WeightManifest
+
+logger = logging.getLogger(__name__)
 
 
 class ActorWorker:
@@ -77,13 +82,38 @@ class ActorWorker:
         """The policy in HF layout: buckets, then the manifest with fingerprints. Yields on rank 0 only."""
         yield from self._sender.send(version)
 
-    def save(self, directory: Path) -> None:
-        """Write weights, optimizer and random streams."""
-        checkpoint.save(self.policy, directory)
+    def start_save(self, directory: Path) -> None:
+        """Copy weights, optimizer and random streams to host memory and begin to write them; `finish_save` must follow."""
+        self._save = BackgroundSave(self.policy, directory, canary.measure(self.policy, self._config, self._device))
 
-    def load(self, directory: Path) -> None:
-        """Read what `save` wrote, under this layout or another."""
+    def save_is_written(self) -> bool:
+        """Whether this rank's files are done; not collective."""
+        return self._save.is_written()
+
+    def finish_save(self) -> dict[str, FileDigest]:
+        """Wait for the files and complete them; the digests of this rank's files by relative name."""
+        return self._save.finish()
+
+    def load(self, directory: Path, digests: Mapping[str, FileDigest], allow_canary: bool = False) -> None:
+        """Read what was saved, under this layout or another, and prove it.
+
+        Raises CheckpointError when a file is not the one of its digest, or when the canary gives other numbers than it gave when
+        it was saved (with `allow_canary` that is a warning).
+        """
+        checkpoint.check_files(directory, digests)
         checkpoint.load(self.policy, directory)
+        now = canary.measure(self.policy, self._config, self._device)
+        difference = canary.first_difference(checkpoint.load_canary(directory), now)
+        if difference and not allow_canary:
+            raise CheckpointError(
+                f"{directory} was not loaded as it was saved: {difference}; --allow-changed canary goes on all the same"
+            )
+        if difference:
+            logger.warning("%s: %s", directory, difference)
+
+    def load_weights(self, directory: Path) -> None:
+        """Read the weights of what was saved, without the optimizer: for evaluation."""
+        checkpoint.load_weights(self.policy, directory)
 
     def close(self) -> None:
         """Leave the process groups."""

@@ -183,13 +183,6 @@ def _layout_of_model(config: Config, hf_config: Mapping[str, Any]) -> Iterator[s
         yield (
             f"{product} ({chunks}) must divide num_hidden_layers ({num_layers}) of {model}; use {either(_divisors(num_layers))}."
         )
-    saves = config.checkpoint.every or config.checkpoint.load
-    if saves and actor.pipeline_parallel_size > 1 and hf_config.get("tie_word_embeddings"):
-        # megatron-core 0.19.2 gives a tied embedding a bucket of its own and then writes the optimizer's tensors shifted.
-        yield (
-            f"checkpoints need actor.pipeline_parallel_size ({actor.pipeline_parallel_size}) 1 for {model}, which ties its embeddings: "
-            "megatron-core would write them wrong; use actor.tensor_parallel_size instead, or checkpoint.every 0."
-        )
     positions = hf_config.get("max_position_embeddings")
     if isinstance(positions, int) and config.max_sequence_tokens > positions:
         yield (

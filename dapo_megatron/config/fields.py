@@ -120,6 +120,8 @@ def _type_words(annotation: Any) -> str:
         return " | ".join(str(argument) for argument in arguments)
     if origin is dict:
         return "mapping"
+    if origin is tuple:
+        return f"list of {_type_words(arguments[0])}"
     return _TYPE_WORDS[annotation]
 
 

@@ -255,10 +255,14 @@ class CheckpointConfig(Section):
     """Rollout steps between checkpoints; the last step is saved too. 0: none at all."""
     keep_last: PositiveInt = 2
     """Complete checkpoints kept."""
+    keep_every: PositiveInt | None = None
+    """Of checkpoints at multiples of this many rollout steps the weights are kept for good, without the optimizer. None: of none."""
     resume: bool = True
     """Go on from the newest complete checkpoint in the run folder. False: the folder must hold none."""
     load: Path | None = None
     """Start from this checkpoint of another run (weights, optimizer and position). An unusable path is an error."""
+    allow_changed: tuple[str, ...] = ()
+    """What may differ from the run that saved: config paths or sections, `data`, `code`, `versions`, `canary`."""
 
 
 class MetricsConfig(Section):

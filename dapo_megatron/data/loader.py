@@ -49,11 +49,17 @@ class PromptStream:
         return StreamState(self._epoch, self._position, self._seed, self._shuffle, self._prompts.fingerprint)
 
     @classmethod
-    def restore(cls, prompts: PromptSet, seed: int, shuffle: bool, state: StreamState) -> Self:
+    def restore(cls, prompts: PromptSet, seed: int, shuffle: bool, state: StreamState, *, allow_changed: bool = False) -> Self:
         """The stream that gives next what the saved one would have given.
 
-        Raises DataError when prompts, seed or shuffle are not those of the saved stream.
+        When prompts, seed or shuffle are not those of the saved stream: DataError or, with `allow_changed`, the stream of the
+        given ones from the next epoch on.
         """
+        stream = cls(prompts, seed, shuffle)
+        if allow_changed and (state.fingerprint, state.seed, state.shuffle) != (prompts.fingerprint, seed, shuffle):
+            stream._epoch = state.epoch + 1
+            stream._order = stream._order_of_epoch()
+            return stream
         for setting, saved, given in (
             ("the fingerprint of data.path's prompts", state.fingerprint, prompts.fingerprint),
             ("run.seed", state.seed, seed),
@@ -64,7 +70,6 @@ class PromptStream:
                     f"{setting} ({given}) must be the checkpoint's ({saved}) to go on with its stream of "
                     "prompts; put the data and the setting of the saved run back."
                 )
-        stream = cls(prompts, seed, shuffle)
         stream._epoch = state.epoch
         stream._position = state.position
         stream._order = stream._order_of_epoch()

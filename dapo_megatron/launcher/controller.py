@@ -27,11 +27,13 @@ from pydantic import TypeAdapter
 from dapo_megatron.algo.train_batch import TrainBatchRules, build_train_batch, shaped_rewards
 from dapo_megatron.config.schema import Config
 from dapo_megatron.data.loader import PromptStream, StreamState
-from dapo_megatron.launcher.run_folder import RunFolder, num_steps_of, require_complete, size_bytes
+from dapo_megatron.launcher.checkpoint_saver import STATE_FILE, CheckpointSaver
+from dapo_megatron.launcher.identity import RunIdentity
+from dapo_megatron.launcher.run_folder import ACTOR, PhaseNote, RunFolder, read_marker, require_complete
 from dapo_megatron.rollout.sampler import RolloutBatch, Sampler, SamplerState
-from dapo_megatron.types import EngineError, TrainBatch
+from dapo_megatron.types import CheckpointError, EngineError, TrainBatch
+from dapo_megatron.weights.file_digest import FileDigest, digest_file
 
-STATE_FILE = "controller.json"
 STOP_WINDOW = 10
 """Rollout steps over which train.stop_at_accuracy looks at the mean."""
 
@@ -43,8 +45,10 @@ class ActorHandle(Protocol):
 
     async def train(self, batch: TrainBatch, rollout_step: int) -> dict[str, float]: ...
     def send_weights(self, version: int) -> AsyncIterator[Any]: ...
-    async def save(self, directory: Path) -> None: ...
-    async def load(self, directory: Path) -> None: ...
+    async def start_save(self, directory: Path) -> None: ...
+    async def save_is_written(self) -> bool: ...
+    async def finish_save(self) -> Mapping[str, FileDigest]: ...
+    async def load(self, directory: Path, digests: Mapping[str, FileDigest], allow_canary: bool) -> None: ...
 
 
 class EngineHandle(Protocol):
@@ -68,6 +72,9 @@ class ControllerState:
     num_steps: int
     sampler: SamplerState
     prompts: StreamState
+    recent_accuracy: tuple[float, ...]
+    """Of the last rollout steps, for train.stop_at_accuracy."""
+    identity: RunIdentity
 
 
 _STATE = TypeAdapter(ControllerState)
@@ -75,7 +82,13 @@ _STATE = TypeAdapter(ControllerState)
 
 def read_state(checkpoint: Path) -> ControllerState:
     """The controller's part of a complete checkpoint; CheckpointError for any other path."""
-    return _STATE.validate_json((require_complete(checkpoint) / STATE_FILE).read_bytes())
+    marker = read_marker(require_complete(checkpoint))
+    if marker.weights_only:
+        raise CheckpointError(f"{checkpoint} was kept for its weights alone; a run cannot go on from it, evaluate or convert it")
+    file = checkpoint / STATE_FILE
+    if digest_file(file) != marker.files.get(STATE_FILE):
+        raise CheckpointError(f"{file} is not what was saved; the checkpoint is damaged, remove {checkpoint} to use an older one")
+    return _STATE.validate_json(file.read_bytes())
 
 
 class Controller:
@@ -91,20 +104,25 @@ class Controller:
         prompts: PromptStream,
         folder: RunFolder,
         report: Reporter,
+        identity: RunIdentity,
         evaluate: Callable[[], Awaitable[dict[str, float]]] | None = None,
-        num_steps_done: int = 0,
+        state: ControllerState | None = None,
     ):
+        """`state` None starts a run, else it goes on where the state was saved; sampler and prompts have been restored already."""
         self._config, self._actor, self._engines = config, actor, engines
         self._sampler, self._prompts, self._folder, self._report = sampler, prompts, folder, report
-        self._evaluate, self._num_steps_done = evaluate, num_steps_done
+        self._evaluate, self._identity = evaluate, identity
+        self._num_steps_done = state.num_steps if state else 0
+        self._started = time.time()
         self._rules = train_batch_rules(config)
-        self._clock = PhaseClock(config.cluster.phase_deadline_seconds)
-        self._recent_accuracy: deque[float] = deque(maxlen=STOP_WINDOW)
+        self._saver = CheckpointSaver(actor, folder, config.checkpoint)
+        self._clock = PhaseClock(config.cluster.phase_deadline_seconds, self._note_phase)
+        self._recent_accuracy = deque(state.recent_accuracy if state else (), maxlen=STOP_WINDOW)
 
     async def run(self, start_from: Path | None = None) -> None:
         """Train to the end, from the HF weights or from a checkpoint."""
         if start_from is not None:
-            await self._clock.run("load", self._actor.load(start_from / "actor"))
+            await self._clock.run("load", self._load(start_from))
         await self._clock.run("sync", self._sync(self._num_steps_done))
         last = self._config.train.num_rollout_steps
         for step in range(self._num_steps_done, last):
@@ -119,11 +137,12 @@ class Controller:
             done = step + 1 == last or self._accurate_enough(row)
             if self._evaluate is not None and _is_due(self._config.eval.interval, step + 1, done):
                 row |= await self._clock.run("eval", self._evaluate())
-            if self._must_save(done):
-                row["checkpoint/bytes"] = await self._clock.run("save", self._save())
+            if self._config.checkpoint.every:
+                row |= await self._clock.run("save", self._save(done))
             self._report(self._finished_row(row))
             if done:
                 break
+        await self._saver.seal()  # only now: a sealed checkpoint says that the rows up to it are written
 
     async def _sync(self, version: int) -> int:
         """Bring the actor's weights to every engine as `version`. Returns the bytes sent to each engine."""
@@ -134,20 +153,26 @@ class Controller:
             engine.weight_version = version
         return num_bytes
 
-    async def _save(self) -> int:
-        with self._folder.writing_checkpoint(self._num_steps_done) as directory:
-            (directory / "actor").mkdir()
-            await self._actor.save((directory / "actor").absolute())
-            state = ControllerState(self._num_steps_done, self._sampler.state(), self._prompts.state())
-            (directory / STATE_FILE).write_bytes(_STATE.dump_json(state))
-        self._folder.keep_newest(self._config.checkpoint.keep_last)
-        newest = self._folder.newest_checkpoint()
-        assert newest is not None and num_steps_of(newest) == self._num_steps_done
-        return size_bytes(newest)
+    async def _save(self, done: bool) -> dict[str, float]:
+        """Look after the save in flight, and begin one when it is time; the last one is waited for."""
+        due = _is_due(self._config.checkpoint.every, self._num_steps_done, done)
+        row = await self._saver.collect(wait=due)
+        await self._saver.seal()
+        if due:
+            state = ControllerState(
+                self._num_steps_done, self._sampler.state(), self._prompts.state(), tuple(self._recent_accuracy), self._identity
+            )
+            await self._saver.start(self._num_steps_done, _STATE.dump_json(state))
+        return row | await self._saver.collect(wait=True) if done else row
 
-    def _must_save(self, done: bool) -> bool:
-        every = self._config.checkpoint.every
-        return every > 0 and _is_due(every, self._num_steps_done, done)
+    async def _load(self, checkpoint: Path) -> None:
+        prefix = f"{ACTOR}/"
+        files = read_marker(checkpoint).files.items()
+        digests = {name.removeprefix(prefix): digest for name, digest in files if name.startswith(prefix)}
+        await self._actor.load((checkpoint / ACTOR).absolute(), digests, "canary" in self._config.checkpoint.allow_changed)
+
+    def _note_phase(self, phase: str) -> None:
+        self._folder.note_phase(PhaseNote(self._num_steps_done + 1, phase, time.time(), self._started))
 
     def _accurate_enough(self, row: Mapping[str, float]) -> bool:
         self._recent_accuracy.extend([row["rollout/accuracy"]] if "rollout/accuracy" in row else [])
@@ -181,8 +206,9 @@ def _is_due(every: int, num_steps_done: int, done: bool) -> bool:
 class PhaseClock:
     """Runs the phases of a step under a deadline and keeps their wall-clock seconds."""
 
-    def __init__(self, deadline_seconds: float):
-        self._deadline_seconds = deadline_seconds
+    def __init__(self, deadline_seconds: float, on_phase: Callable[[str], None] = lambda phase: None):
+        """`on_phase` hears of each phase as it begins."""
+        self._deadline_seconds, self._on_phase = deadline_seconds, on_phase
         self.start_step()
 
     def start_step(self) -> None:
@@ -192,6 +218,7 @@ class PhaseClock:
     async def run[T](self, phase: str, work: Coroutine[Any, Any, T] | Awaitable[T]) -> T:
         """Await one phase. Raises EngineError, naming the phase, past the deadline."""
         start = time.perf_counter()
+        self._on_phase(phase)
         try:
             async with asyncio.timeout(self._deadline_seconds):
                 return await work

@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from dapo_megatron.config.schema import Config
 from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult
 from dapo_megatron.types import DapoMegatronError, EngineError, TrainBatch, WorkerDiedError
+from dapo_megatron.weights.file_digest import FileDigest
 from dapo_megatron.weights.sync import WeightBucket, WeightManifest
 
 NUM_LOG_LINES = 15
@@ -70,11 +71,20 @@ class RankProcess:
     def send_weights(self, version: int) -> Iterator[WeightBucket | WeightManifest]:
         yield from self._worker.send_weights(version)
 
-    def save(self, directory: Path) -> None:
-        self._worker.save(directory)
+    def start_save(self, directory: Path) -> None:
+        self._worker.start_save(directory)
 
-    def load(self, directory: Path) -> None:
-        self._worker.load(directory)
+    def save_is_written(self) -> bool:
+        return self._worker.save_is_written()
+
+    def finish_save(self) -> dict[str, FileDigest]:
+        return self._worker.finish_save()
+
+    def load(self, directory: Path, digests: Mapping[str, FileDigest], allow_canary: bool) -> None:
+        self._worker.load(directory, digests, allow_canary)
+
+    def load_weights(self, directory: Path) -> None:
+        self._worker.load_weights(directory)
 
 
 class EngineProcess:
@@ -148,13 +158,25 @@ class RayActor:
             for task in feeding:
                 task.cancel()
 
-    async def save(self, directory: Path) -> None:
-        """Write a checkpoint."""
-        await self._on_all("save", directory)
+    async def start_save(self, directory: Path) -> None:
+        """Begin to write a checkpoint in the background."""
+        await self._on_all("start_save", directory)
 
-    async def load(self, directory: Path) -> None:
-        """Read a checkpoint."""
-        await self._on_all("load", directory)
+    async def save_is_written(self) -> bool:
+        """Whether all ranks are done with their files."""
+        return all(await self._on_all("save_is_written"))
+
+    async def finish_save(self) -> dict[str, FileDigest]:
+        """Complete the checkpoint; digests of the files that ranks wrote."""
+        return {name: digest for digests in await self._on_all("finish_save") for name, digest in digests.items()}
+
+    async def load(self, directory: Path, digests: Mapping[str, FileDigest], allow_canary: bool) -> None:
+        """Read a checkpoint and prove that it is the one saved."""
+        await self._on_all("load", directory, digests, allow_canary)
+
+    async def load_weights(self, directory: Path) -> None:
+        """Read a checkpoint's weights alone."""
+        await self._on_all("load_weights", directory)
 
     async def _on_all(self, method: str, *args: Any) -> list[Any]:
         return await call_all(self.processes, method, *args)

@@ -70,12 +70,14 @@ _TABLE = (
     Metric("time/train_seconds", "seconds", "sum", "old log-probs, forward, backward and optimizer"),
     Metric("time/sync_seconds", "seconds", "sum", "weights from actor to engines, fingerprints checked"),
     Metric("time/eval_seconds", "seconds", "sum", "held-out evaluation, in steps that evaluate"),
-    Metric("time/save_seconds", "seconds", "sum", "writing the checkpoint, in steps that save"),
+    Metric("time/save_seconds", "seconds", "sum", "training held up by checkpoints: copying, and waiting for the save before"),
     Metric("time/step_seconds", "seconds", "sum", "the whole rollout step"),
     Metric("throughput/tokens_per_second", "tokens/second", "value", "generated tokens per second of the whole step"),
     Metric("throughput/rollout_tokens_per_second", "tokens/second", "value", "generated tokens per second of generation"),
     Metric("throughput/train_tokens_per_second", "tokens/second", "value", "trained tokens per second of training"),
-    Metric("checkpoint/bytes", "bytes", "sum", "size of the checkpoint, in steps that save"),
+    Metric("checkpoint/bytes", "bytes", "sum", "size of the checkpoint that was written, in the step that found it so"),
+    Metric("checkpoint/write_seconds", "seconds", "sum", "from the start of its save until its files were found written"),
+    Metric("checkpoint/num_failed_saves", "saves", "sum", "saves that failed since the process started"),
 )
 
 METRICS: Mapping[str, Metric] = {metric.name: metric for metric in _TABLE}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ def train_save_train(rank: int, init_method: str, config: Config, batches: list[
     worker = ActorWorker(config, rank=rank, init_method=init_method)
     for step, batch in enumerate(batches[:2]):
         worker.train(batch, step)
-    worker.save(folder)
-    return {"metrics": worker.train(batches[2], 2), "weights": programs.received(worker.mapping, list(worker.send_weights(3)))}
+    worker.start_save(folder)
+    trained = worker.train(batches[2], 2)  # while the files are written
+    worker.finish_save()
+    return {"metrics": trained, "weights": programs.received(worker.mapping, list(worker.send_weights(3)))}
 
 
 def load_train(rank: int, init_method: str, config: Config, batch: TrainBatch, folder: Path) -> dict[str, Any]:
@@ -32,14 +35,14 @@ def load_train(rank: int, init_method: str, config: Config, batch: TrainBatch, f
     from dapo_megatron.actor.worker import ActorWorker
 
     worker = ActorWorker(config, rank=rank, init_method=init_method)
-    worker.load(folder)
+    worker.load(folder, {})
     return {"metrics": worker.train(batch, 2), "weights": programs.received(worker.mapping, list(worker.send_weights(3)))}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Untied: `config.checks` refuses checkpoints of tied embeddings under pipeline parallelism (UPSTREAM.md)."""
-    return make_hf_model(tmp_path_factory.mktemp("model") / "qwen3", "qwen3")
+    """Tied embeddings: the hardest case under pipeline parallelism."""
+    return make_hf_model(tmp_path_factory.mktemp("model") / "llama3_tied", "llama3_tied")
 
 
 def batches(num_ranks: int) -> list[TrainBatch]:
@@ -57,8 +60,10 @@ def config_for(model: Path, **layout: Any) -> Config:
         {"num_ranks": 2},
         {"num_ranks": 2, "use_distributed_optimizer": False},
         {"pipeline_parallel_size": 2, "virtual_pipeline_size": 2},
+        {"pipeline_parallel_size": 2, "num_ranks": 4},
+        {"pipeline_parallel_size": 2, "use_distributed_optimizer": False},
     ],
-    ids=["tp2", "dp2", "dp2_plain_optimizer", "pp2_vpp2"],
+    ids=["tp2", "dp2", "dp2_plain_optimizer", "pp2_vpp2", "pp2_dp2", "pp2_plain_optimizer"],
 )
 def test_a_loaded_checkpoint_goes_on_bit_by_bit(model: Path, tmp_path: Path, layout: dict[str, Any]):
     config = config_for(model, **layout)
@@ -76,8 +81,13 @@ def test_a_loaded_checkpoint_goes_on_bit_by_bit(model: Path, tmp_path: Path, lay
         ({"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}),
         ({"tensor_parallel_size": 2, "num_ranks": 4}, {"tensor_parallel_size": 4}),
         ({"pipeline_parallel_size": 2, "virtual_pipeline_size": 2}, {}),
+        ({"pipeline_parallel_size": 2, "num_ranks": 4}, {"tensor_parallel_size": 2}),
+        (
+            {"pipeline_parallel_size": 2, "use_distributed_optimizer": False},
+            {"tensor_parallel_size": 2, "use_distributed_optimizer": False},
+        ),
     ],
-    ids=["tp2_to_pp2", "tp2dp2_to_tp4", "vpp_to_one_rank"],
+    ids=["tp2_to_pp2", "tp2dp2_to_tp4", "vpp_to_one_rank", "pp2dp2_to_tp2", "pp2_plain_to_tp2_plain"],
 )
 def test_a_checkpoint_loads_under_another_layout(model: Path, tmp_path: Path, saved: dict[str, Any], read: dict[str, Any]):
     before, after = config_for(model, **saved), config_for(model, **read)
@@ -88,3 +98,35 @@ def test_a_checkpoint_loads_under_another_layout(model: Path, tmp_path: Path, sa
     assert loaded["metrics"]["actor/grad_norm"] == pytest.approx(went_on["metrics"]["actor/grad_norm"], rel=1e-4)
     for name, value in went_on["weights"].items():
         np.testing.assert_allclose(loaded["weights"][name], value, atol=2e-4, err_msg=name)
+
+
+def load_damaged(rank: int, init_method: str, config: Config, folder: Path, damage: str) -> str:
+    """What loading says when the files are not those that were saved."""
+    from dapo_megatron.actor.worker import ActorWorker
+    from dapo_megatron.types import CheckpointError
+    from dapo_megatron.weights.file_digest import FileDigest, digest_file
+
+    worker = ActorWorker(config, rank=rank, init_method=init_method)
+    name = "weights/__0_0.distcp"
+    digests = {name: FileDigest(5, "00") if damage == "file" else digest_file(folder / name)}
+    try:
+        worker.load(folder, digests)
+    except CheckpointError as error:
+        return str(error)
+    return "loaded"
+
+
+def test_a_checkpoint_that_does_not_give_its_numbers_again_is_refused_and_the_first_one_is_named(model: Path, tmp_path: Path):
+    config = config_for(model, tensor_parallel_size=2)
+    data = batches(1)
+    run_ranks(train_save_train, 2, config, data, tmp_path)
+    assert "__0_0.distcp is not what was saved" in run_ranks(load_damaged, 2, config, tmp_path, "file")[1]
+    saved = json.loads((tmp_path / "canary.json").read_text())
+    saved["optimizer"]["exp_avg"] *= 1 + 1e-12
+    (tmp_path / "canary.json").write_text(json.dumps(saved))
+    assert "optimizer exp_avg of the canary is" in run_ranks(load_damaged, 2, config, tmp_path, "none")[0]
+    saved["log_probs"][3] += 0.01
+    (tmp_path / "canary.json").write_text(json.dumps(saved))
+    assert "log-prob 3 of the canary is" in run_ranks(load_damaged, 2, config, tmp_path, "none")[0]
+    under_pp = config_for(model, pipeline_parallel_size=2)
+    assert "under another layout (tolerance 0.001)" in run_ranks(load_damaged, 2, under_pp, tmp_path, "none")[0]

@@ -209,16 +209,3 @@ def test_unreadable_hf_config_is_an_error(tmp_path, content, words):
     with pytest.raises(ConfigError, match="config.json") as caught:
         read_hf_config(tmp_path)
     assert words in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "is_refused"),
-    [
-        (["--actor.pipeline_parallel_size=2"], True),
-        (["--actor.pipeline_parallel_size=2", "--checkpoint.every=0"], False),
-        (["--actor.tensor_parallel_size=2"], False),
-    ],
-)
-def test_checkpoints_of_tied_embeddings_under_pipeline_parallelism_are_refused(load, overrides: list[str], is_refused: bool):
-    problems = check_config(load(*overrides), {**HF_CONFIG, "tie_word_embeddings": True})
-    assert any("ties its embeddings" in problem for problem in problems) == is_refused

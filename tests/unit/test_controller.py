@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from dapo_megatron.config.schema import Config
 from dapo_megatron.data.loader import PromptStream
 from dapo_megatron.data.prompts import DataReport, PromptSet
 from dapo_megatron.launcher.controller import Controller, PhaseClock, read_state
+from dapo_megatron.launcher.identity import RunIdentity
 from dapo_megatron.launcher.run_folder import RunFolder
 from dapo_megatron.rollout.engine import GenerateResult, SamplingParams
 from dapo_megatron.rollout.sampler import Sampler, SamplerRules
 from dapo_megatron.types import CheckpointError, EngineError, Prompt, Sample, Score, TrainBatch
+from dapo_megatron.weights.file_digest import FileDigest
 
 
 class FakeActor:
@@ -24,6 +27,7 @@ class FakeActor:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, Any]] = []
+        self.save_error = ""
 
     async def train(self, batch: TrainBatch, rollout_step: int) -> dict[str, float]:
         self.calls.append(("train", rollout_step))
@@ -33,11 +37,22 @@ class FakeActor:
         self.calls.append(("send", version))
         yield f"weights {version}"
 
-    async def save(self, directory: Path) -> None:
+    async def start_save(self, directory: Path) -> None:
         self.calls.append(("save", directory.parent.name))
-        (directory / "weights").write_text("w")
+        (directory / "weights").mkdir()
+        (directory / "weights" / "file").write_text("w")
+        self._polls_left = 3
 
-    async def load(self, directory: Path) -> None:
+    async def save_is_written(self) -> bool:
+        self._polls_left -= 1
+        return self._polls_left <= 0
+
+    async def finish_save(self) -> dict[str, FileDigest]:
+        if self.save_error:
+            raise CheckpointError(self.save_error)
+        return {}
+
+    async def load(self, directory: Path, digests: dict[str, FileDigest], allow_canary: bool) -> None:
         self.calls.append(("load", directory.parent.name))
 
 
@@ -87,7 +102,14 @@ def make(tmp_path: Path, *, right: set[str], **train: Any) -> tuple[Controller, 
     rules = SamplerRules(num_samples_per_prompt=2, params=SamplingParams(), seed=0, max_over_sampling=2)
     sampler = Sampler([engine], Scorer(right), stream, rules)
     controller = Controller(
-        config, actor=actor, engines=[engine], sampler=sampler, prompts=stream, folder=folder, report=rows.append
+        config,
+        actor=actor,
+        engines=[engine],
+        sampler=sampler,
+        prompts=stream,
+        folder=folder,
+        report=rows.append,
+        identity=RunIdentity({"code": "1"}),
     )
     return controller, actor, engine, rows, folder
 
@@ -129,6 +151,54 @@ async def test_the_state_of_a_checkpoint_reads_back_as_it_was(tmp_path: Path):
     assert state.prompts == controller._prompts.state() and state.sampler == controller._sampler.state()
     with pytest.raises(CheckpointError):
         read_state(tmp_path)
+
+
+async def test_a_save_is_written_while_later_steps_train_and_its_figures_stand_in_the_row_that_found_it(tmp_path: Path):
+    controller, _, _, rows, folder = make(tmp_path, right={"0"}, num_rollout_steps=8)
+    await controller.run()
+    assert [row["rollout_step"] for row in rows if "checkpoint/bytes" in row] == [4, 6, 8]
+    assert rows[-1]["checkpoint/bytes"] > 0 and rows[-1]["checkpoint/num_failed_saves"] == 0
+    assert [path.name for path in folder.complete_checkpoints()] == ["step_000006", "step_000008"]
+
+
+async def test_a_save_that_fails_is_said_loudly_and_costs_neither_the_run_nor_the_older_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    controller, actor, _, rows, folder = make(tmp_path, right={"0"}, num_rollout_steps=6)
+    report = controller._report
+
+    def disk_fills_up(row: Any) -> None:
+        report(row)
+        actor.save_error = "No space left on device" if row["rollout_step"] >= 4 else ""
+
+    controller._report = disk_fills_up
+    await controller.run()
+    assert len(rows) == 6 and rows[-1]["checkpoint/num_failed_saves"] == 2
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["step_000002"]
+    assert "CHECKPOINT NOT SAVED: step_000004.tmp: No space left on device" in caplog.text
+    assert "would go back to step_000002" in caplog.text
+
+
+async def test_a_folder_that_cannot_be_written_to_costs_neither_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    controller, _, _, rows, folder = make(tmp_path, right={"0"}, num_rollout_steps=3)
+    folder.checkpoints.rmdir()
+    folder.checkpoints.write_text("a file where the folder was")
+    await controller.run()
+    assert len(rows) == 3 and caplog.text.count("CHECKPOINT NOT SAVED") == 2
+
+
+async def test_the_phase_file_names_the_phase_under_way(tmp_path: Path):
+    controller, actor, _, _, folder = make(tmp_path, right={"0"}, num_rollout_steps=1)
+    seen = []
+    train = actor.train
+
+    async def look(batch: TrainBatch, rollout_step: int) -> dict[str, float]:
+        seen.append(json.loads(folder.phase_file.read_text()))
+        return await train(batch, rollout_step)
+
+    actor.train = look
+    await controller.run()
+    assert [(note["rollout_step"], note["phase"]) for note in seen] == [(1, "train")]
 
 
 async def test_a_phase_over_its_deadline_is_named():

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dapo_megatron.launcher.run_folder import RunFolder, num_steps_of, require_complete
+from dapo_megatron.launcher.run_folder import RunFolder, num_steps_of, read_marker, require_complete
 from dapo_megatron.types import CheckpointError
+from dapo_megatron.weights.file_digest import FileDigest
 
 
 @pytest.fixture
@@ -18,9 +19,11 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 def write(folder: RunFolder, num_steps: int) -> Path:
-    with folder.writing_checkpoint(num_steps) as directory:
-        (directory / "weights").write_bytes(b"12345")
-    return folder.checkpoints / f"step_{num_steps:06d}"
+    directory = folder.begin_checkpoint(num_steps)
+    for part, content in (("weights", b"12345"), ("optimizer", b"678")):
+        (directory / "actor" / part).mkdir(parents=True)
+        (directory / "actor" / part / "file").write_bytes(content)
+    return folder.complete_checkpoint(directory, {})
 
 
 def test_the_newest_complete_checkpoint_is_found_by_number(folder: RunFolder):
@@ -30,30 +33,48 @@ def test_the_newest_complete_checkpoint_is_found_by_number(folder: RunFolder):
     assert newest is not None and num_steps_of(newest) == 1_000_000
 
 
-def test_a_checkpoint_that_fails_half_way_is_not_seen(folder: RunFolder):
+def test_a_checkpoint_that_was_not_completed_is_not_seen_and_is_replaced(folder: RunFolder):
     write(folder, 1)
-    with pytest.raises(OSError), folder.writing_checkpoint(2) as directory:
-        (directory / "weights").write_bytes(b"12")
-        raise OSError("disk full")
+    (folder.begin_checkpoint(2) / "weights").write_bytes(b"12")
     newest = folder.newest_checkpoint()
     assert newest is not None and num_steps_of(newest) == 1
-    assert num_steps_of(write(folder, 2)) == 2, "the left-over is replaced"
+    write(folder, 3)
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["step_000001", "step_000003"]
 
 
 def test_older_checkpoints_are_removed(folder: RunFolder):
     for num_steps in (1, 2, 3):
         write(folder, num_steps)
-    folder.keep_newest(2)
+    folder.prune(keep_last=2, keep_every=None)
     assert [num_steps_of(path) for path in folder.complete_checkpoints()] == [2, 3]
+
+
+def test_the_weights_of_every_second_step_stay_and_a_run_does_not_go_on_from_them(folder: RunFolder):
+    for num_steps in (1, 2, 3, 4, 5):
+        write(folder, num_steps)
+        folder.prune(keep_last=1, keep_every=2)
+    assert [num_steps_of(path) for path in folder.complete_checkpoints()] == [5]
+    kept = folder.checkpoints / "step_000002"
+    assert read_marker(kept).weights_only and list(read_marker(kept).files) == ["actor/weights/file"]
+    assert sorted(path.name for path in kept.rglob("*")) == ["COMPLETE", "actor", "file", "weights"]
+    require_complete(kept)
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["step_000002", "step_000004", "step_000005"]
+
+
+def test_a_file_that_a_rank_reports_but_that_is_not_there_completes_nothing(folder: RunFolder):
+    directory = folder.begin_checkpoint(1)
+    with pytest.raises(OSError, match="is not there"):
+        folder.complete_checkpoint(directory, {"actor/weights/gone": FileDigest(1, "00")})
+    assert folder.newest_checkpoint() is None
 
 
 @pytest.mark.parametrize("damage", ["removed", "shortened"])
 def test_a_damaged_checkpoint_is_refused_by_name(folder: RunFolder, damage: str):
     checkpoint = write(folder, 1)
     require_complete(checkpoint)
-    weights = checkpoint / "weights"
+    weights = checkpoint / "actor" / "weights" / "file"
     weights.unlink() if damage == "removed" else weights.write_bytes(b"1")
-    with pytest.raises(CheckpointError, match=r"weights should have 5 bytes"):
+    with pytest.raises(CheckpointError, match=r"file should have 5 bytes"):
         require_complete(checkpoint)
 
 

@@ -1,0 +1,56 @@
+"""Whole runs of the quick start as processes, what they wrote, and how to kill a part of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+QUICKSTART = REPOSITORY / "configs" / "quickstart.yaml"
+TIMED = ("time/", "throughput/", "checkpoint/")
+
+
+def command(folder: Path, *overrides: str, name: str = "run") -> list[str]:
+    """The quick start; it is run in `folder`, where its assets then lie too."""
+    return [sys.executable, "-m", "dapo_megatron", "train", str(QUICKSTART), "--run.dir", str(folder / name), *overrides]
+
+
+def train(folder: Path, *overrides: str, name: str = "run") -> subprocess.CompletedProcess[str]:
+    """The run to its end."""
+    return subprocess.run(
+        command(folder, *overrides, name=name), cwd=folder, capture_output=True, text=True, timeout=280, check=False
+    )
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(run: Path) -> list[dict[str, Any]]:
+    """The rows without what a clock decided."""
+    return [{name: value for name, value in row.items() if not name.startswith(TIMED)} for row in rows(run)]
+
+
+def processes_of(run: Path, kind: str = "") -> list[int]:
+    """Ray processes, of the kind, that write into this run's logs."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            name = (process / "cmdline").read_bytes().split(b"\0")[0].decode()
+            writes_here = os.readlink(process / "fd" / "1").startswith(str(run / "logs"))
+        except (FileNotFoundError, PermissionError, ProcessLookupError):
+            continue
+        if writes_here and (not kind or name.startswith(f"ray::{kind}")):
+            found.append(int(process.name))
+    return found
+
+
+def kill_one(run: Path, kind: str) -> None:
+    """kill -9."""
+    process, *_ = processes_of(run, kind)
+    os.kill(process, signal.SIGKILL)
