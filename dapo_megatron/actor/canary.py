@@ -10,6 +10,7 @@ import platform
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -80,9 +81,9 @@ def first_difference(saved: Canary, now: Canary) -> str | None:
 def _sample(index: int, vocab_size: int) -> TrainSample:
     length = NUM_PROMPT_TOKENS + NUM_RESPONSE_TOKENS
     return TrainSample(
-        token_ids=tuple((7 * position + 13 * index + 3) % vocab_size for position in range(length)),
+        token_ids=(7 * np.arange(length, dtype=np.int32) + 13 * index + 3) % vocab_size,
         num_prompt_tokens=NUM_PROMPT_TOKENS,
-        rollout_log_probs=(-2.0,) * NUM_RESPONSE_TOKENS,
+        rollout_log_probs=np.full(NUM_RESPONSE_TOKENS, -2.0, dtype=np.float32),
         advantage=1.0 if index % 2 else -0.5,
         loss_weight=1.0,
         on_policy=False,
