@@ -170,7 +170,9 @@ def _on_all_ranks(work: Callable[[], object], doing: str) -> None:
         work()
     except CheckpointError as failure:
         error = str(failure)
-    except (OSError, RuntimeError, CheckpointException) as failure:
+    except CheckpointException as failure:  # the coordinator's carries the failures of the ranks
+        error = "; ".join(f"rank {rank}: {wrapped[0]}" for rank, wrapped in failure.failures.items()) or None
+    except (OSError, RuntimeError) as failure:
         error = f"{type(failure).__name__}: {failure}"
     errors: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)

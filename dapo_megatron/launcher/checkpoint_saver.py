@@ -108,7 +108,8 @@ class CheckpointSaver:
         directory = self._save.directory if self._save is not None else self._folder.checkpoints
         logger.error(
             f"CHECKPOINT NOT SAVED: {directory.name}: {error}. The run goes on; a crash now would go back to "
-            f"{newest.name if newest else 'the beginning'}. Free space or mend permissions under {self._folder.checkpoints}."
+            f"{newest.name if newest else 'the beginning'}. Free space or mend permissions under {self._folder.checkpoints} "
+            f"({shutil.disk_usage(self._folder.path).free / 2**30:.1f} GiB are free there)."
         )
         if self._save is not None:
             shutil.rmtree(self._save.directory, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +131,38 @@ def test_a_checkpoint_that_does_not_give_its_numbers_again_is_refused_and_the_fi
     assert "log-prob 3 of the canary is" in run_ranks(load_damaged, 2, config, tmp_path, "none")[0]
     under_pp = config_for(model, pipeline_parallel_size=2)
     assert "under another layout (tolerance 0.001)" in run_ranks(load_damaged, 2, under_pp, tmp_path, "none")[0]
+
+
+def save_where_a_rank_cannot(
+    rank: int, init_method: str, config: Config, batches: list[TrainBatch], folder: Path
+) -> dict[str, Any]:
+    """Rank 1 may write only tiny files, as if its disk were full; then it may again."""
+    from dapo_megatron.actor.worker import ActorWorker
+    from dapo_megatron.types import CheckpointError
+
+    worker = ActorWorker(config, rank=rank, init_method=init_method)
+    worker.train(batches[0], 0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+    for name in ("full", "free"):
+        if rank == 0:
+            (folder / name).mkdir()
+    worker.start_save(folder / "full")
+    try:
+        worker.finish_save()
+        error = "no error"
+    except CheckpointError as failure:
+        error = str(failure)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    trained = worker.train(batches[1], 1)
+    worker.start_save(folder / "free")
+    return {"error": error, "metrics": trained, "files": sorted(worker.finish_save())}
+
+
+def test_a_rank_that_cannot_write_fails_the_save_on_all_ranks_and_nothing_else(model: Path, tmp_path: Path):
+    ranks = run_ranks(save_where_a_rank_cannot, 2, config_for(model, tensor_parallel_size=2), batches(1), tmp_path)
+    assert all("/full failed on rank 0: rank 1: " in rank["error"] for rank in ranks), ranks
+    assert ranks[0]["metrics"]["actor/num_loss_tokens"] > 0
+    assert ranks[1]["files"] == ["optimizer/__1_0.distcp", "rng/rank_00001.pt", "weights/__1_0.distcp"]

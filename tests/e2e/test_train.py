@@ -78,10 +78,11 @@ def test_a_finished_run_says_so_and_starts_nothing(folder: Path, whole_run: Path
     assert done.returncode == 0 and "end of this run already" in done.stdout
 
 
-def test_the_first_gradient_is_the_same_under_another_layout(folder: Path, whole_run: Path):
+def test_the_first_gradient_is_the_same_under_another_layout_and_two_engines_beside_the_ranks(folder: Path, whole_run: Path):
     done = train(
         folder,
         *("--actor.tensor_parallel_size", "1", "--actor.pipeline_parallel_size", "2", "--train.num_rollout_steps", "1"),
+        *("--cluster.placement", "split", "--rollout.num_engines", "2"),
         name="pp2",
     )
     assert done.returncode == 0, done.stderr
