@@ -18,7 +18,7 @@ from dapo_megatron.types import MicroBatch
 class MicroBatchTensors:
     """What the forward pass and the loss need.
 
-    `input_ids` [1, T]; `rows` [R] are the packed positions whose successor `targets` [R] is trained on; `advantages`,
+    `input_ids` [1, T]; `rows` [R] are the packed places whose successor `targets` [R] is trained on; `advantages`,
     `loss_weights` and `rollout_log_probs` are fp32 [R], `on_policy` is bool [R]. A micro-batch without samples has one dummy token and R = 0.
     """
 
@@ -35,21 +35,27 @@ class MicroBatchTensors:
 def to_tensors(
     samples: MicroBatch, *, device: torch.device, implementation: Implementation, pad_to_multiple: int
 ) -> MicroBatchTensors:
-    """Pack the samples of a micro-batch end to end; T is padded to a multiple (sequence parallelism shards it)."""
-    lengths = [len(sample.token_ids) for sample in samples]
-    total = sum(lengths)
-    padding = -total % pad_to_multiple if total else pad_to_multiple
-    if padding:  # a sequence of its own, so that no real token attends to it
-        lengths.append(padding)
-    input_ids = np.zeros(total + padding, dtype=np.int64)
-    rows, targets, per_sample = [], [], []
-    start = 0
+    """Pack the samples of a micro-batch; T is padded to a multiple (sequence parallelism shards it).
+
+    The last token of a response predicts nothing and is not packed. Under `local`, samples of one prompt share its tokens.
+    """
+    prompts: dict[bytes, np.ndarray] = {}
+    inputs, sequences, rows, targets, per_sample = [], [], [], [], []
+    total = 0
     for sample in samples:
-        tokens = np.asarray(sample.token_ids, dtype=np.int64)
-        end = start + len(tokens)
-        input_ids[start:end] = tokens
-        rows.append(np.arange(start + sample.num_prompt_tokens - 1, end - 1))
-        targets.append(tokens[sample.num_prompt_tokens :])
+        tokens = sample.token_ids.astype(np.int64)
+        prompt, response = tokens[: sample.num_prompt_tokens], tokens[sample.num_prompt_tokens :]
+        key = prompt.tobytes()
+        if key not in prompts or implementation != "local":
+            prompts[key] = np.arange(total, total + len(prompt))
+            inputs.append(prompt)
+            total += len(prompt)
+        sequence = np.concatenate([prompts[key], np.arange(total, total + len(response) - 1)])
+        inputs.append(response[:-1])
+        total += len(response) - 1
+        sequences.append(sequence)
+        rows.append(sequence[len(prompt) - 1 :])
+        targets.append(response)
         per_sample.append(
             np.stack(
                 [
@@ -60,12 +66,15 @@ def to_tensors(
                 ]
             )
         )
-        start = end
+    padding = -total % pad_to_multiple if total else pad_to_multiple
+    if padding:  # a sequence of its own, so that no real token attends to it
+        inputs.append(np.zeros(padding, dtype=np.int64))
+        sequences.append(np.arange(total, total + padding))
     floats = np.concatenate([np.zeros((4, 0)), *per_sample], axis=1).astype(np.float32)
     advantages, loss_weights, rollout_log_probs, on_policy = torch.from_numpy(floats).to(device)
     return MicroBatchTensors(
-        input_ids=torch.from_numpy(input_ids)[None].to(device),
-        packed=_packed(lengths, device, implementation),
+        input_ids=_long(inputs, device)[None],
+        packed=_packed(sequences, device, implementation),
         rows=_long(rows, device),
         targets=_long(targets, device),
         advantages=advantages,
@@ -79,9 +88,10 @@ def _long(parts: list[np.ndarray], device: torch.device) -> Tensor:
     return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *parts])).to(device)
 
 
-def _packed(lengths: list[int], device: torch.device, implementation: Implementation) -> PackedSeqParams:
+def _packed(sequences: list[np.ndarray], device: torch.device, implementation: Implementation) -> PackedSeqParams:
     if implementation == "local":
-        return pack_sequences(lengths, device)
+        return pack_sequences(sequences, device)
+    lengths = [len(sequence) for sequence in sequences]
     boundaries = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device=device)
     return PackedSeqParams(
         qkv_format="thd",

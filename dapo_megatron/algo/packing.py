@@ -23,6 +23,29 @@ def balance(lengths: Sequence[int], num_bins: int) -> list[list[int]]:
     return bins
 
 
+RUNS_PER_SHARE = 4
+"""Runs that fit into a micro-batch and into a rank's share at least: longer ones would fill and balance them badly."""
+
+
+def runs_of_groups(lengths: Sequence[int], group_of: Sequence[int], *, num_ranks: int, max_tokens: int) -> list[list[int]]:
+    """Cut sequences into runs of neighbours of one group, which stay in one micro-batch: their prompt is computed once there.
+
+    A run has at most a `RUNS_PER_SHARE`th of the tokens of a micro-batch and, with several ranks, of a rank's share; or it is one
+    sequence.
+    """
+    share = min(max_tokens, sum(lengths) // num_ranks) if num_ranks > 1 else max_tokens
+    runs: list[list[int]] = []
+    num_tokens = 0
+    for index, length in enumerate(lengths):
+        if runs and group_of[runs[-1][0]] == group_of[index] and (num_tokens + length) * RUNS_PER_SHARE <= share:
+            runs[-1].append(index)
+            num_tokens += length
+        else:
+            runs.append([index])
+            num_tokens = length
+    return runs
+
+
 def pack_micro_batches(
     lengths: Sequence[int], *, num_ranks: int, max_tokens: int, num_micro_batches_multiple: int = 1
 ) -> tuple[tuple[tuple[int, ...], ...], ...]:

@@ -11,7 +11,7 @@ import numpy as np
 from dapo_megatron.algo.advantage import AdvantageStd, group_advantages
 from dapo_megatron.algo.aggregation import sample_loss_weights
 from dapo_megatron.algo.overlong import soft_overlong_punishment
-from dapo_megatron.algo.packing import pack_micro_batches
+from dapo_megatron.algo.packing import pack_micro_batches, runs_of_groups
 from dapo_megatron.types import LossAggregation, OptimizerStepBatch, RolloutGroup, Sample, TrainBatch, TrainSample
 
 
@@ -103,11 +103,20 @@ def _optimizer_step(groups: Sequence[RolloutGroup], rules: TrainBatchRules, weig
         )
         for response, loss_weight in zip(responses, loss_weights, strict=True)
     ]
+    lengths = [len(sample.token_ids) for sample in samples]
+    runs = runs_of_groups(
+        lengths,
+        [response.group.group_id for response in responses],
+        num_ranks=rules.data_parallel_size * rules.num_micro_batches_multiple,
+        max_tokens=rules.max_tokens_per_micro_batch,
+    )
     packed = pack_micro_batches(
-        [len(sample.token_ids) for sample in samples],
+        [sum(lengths[index] for index in run) for run in runs],
         num_ranks=rules.data_parallel_size,
         max_tokens=rules.max_tokens_per_micro_batch,
         num_micro_batches_multiple=rules.num_micro_batches_multiple,
     )
-    micro_batches = tuple(tuple(tuple(samples[index] for index in micro_batch) for micro_batch in rank) for rank in packed)
+    micro_batches = tuple(
+        tuple(tuple(samples[index] for run in micro_batch for index in runs[run]) for micro_batch in rank) for rank in packed
+    )
     return OptimizerStepBatch(micro_batches=micro_batches, num_loss_tokens=sum(num_tokens))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
@@ -18,10 +19,10 @@ MAX_TILE_WASTE = 1.25
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Sequences laid end to end, T tokens in all.
+    """Sequences over T packed tokens. Sequences may have a prefix in common, whose tokens are then packed once.
 
     Attention works on tiles: sequences of similar length side by side, right-padded, so that one causal kernel serves many of
-    them. `gather` [sum N*L] picks the packed token of each tile slot (slot padding repeats token 0), `scatter` [T] the
+    them. `gather` [sum N*L] picks the packed token of each tile slot (slot padding repeats token 0), `scatter` [T] a
     tile slot of each packed token. `qkv_format` is not "thd": megatron-core then treats the pack as one sequence of batch 1,
     and positions come from `positions` [T].
     """
@@ -32,35 +33,38 @@ class PackedSequences(PackedSeqParams):
     scatter: Tensor | None = None
 
 
-def pack_sequences(lengths: Sequence[int], device: torch.device) -> PackedSequences:
-    """Describe sequences of the given lengths (tokens, all > 0) packed in this order."""
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    total = starts[-1]
-    gather: list[Tensor] = []
-    scatter = torch.empty(total, dtype=torch.long)
+def pack_sequences(sequences: Sequence[np.ndarray], device: torch.device) -> PackedSequences:
+    """Describe sequences by the places of their tokens in the pack, int64, in order; together they cover [0, T).
+
+    Sequences that share places must agree in everything before the last shared one: keys, values and outputs of a shared prefix
+    are the same in all of them, so it does not matter whose slot `scatter` reads.
+    """
+    lengths = [len(sequence) for sequence in sequences]
+    total = 1 + max(int(sequence.max()) for sequence in sequences)
+    positions = np.empty(total, dtype=np.int64)
+    scatter = np.empty(total, dtype=np.int64)
+    gather: list[np.ndarray] = []
     shapes: list[tuple[int, int]] = []
-    num_slots = 0
+    first_slot = 0
     for tile in _tiles(lengths):
         longest = lengths[tile[0]]
         shapes.append((len(tile), longest))
-        index = torch.zeros(len(tile), longest, dtype=torch.long)
-        for row, sequence in enumerate(tile):
-            start, length = starts[sequence], lengths[sequence]
-            index[row, :length] = torch.arange(start, start + length)
-            first_slot = num_slots + row * longest
-            scatter[start : start + length] = torch.arange(first_slot, first_slot + length)
-        gather.append(index.flatten())
-        num_slots += index.numel()
+        places = np.zeros((len(tile), longest), dtype=np.int64)
+        for row, index in enumerate(tile):
+            sequence, length = sequences[index], lengths[index]
+            places[row, :length] = sequence
+            positions[sequence] = np.arange(length)
+            scatter[sequence] = first_slot + np.arange(length)
+            first_slot += longest
+        gather.append(places.ravel())
     return PackedSequences(
         qkv_format="sbhd",
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
-        positions=torch.cat([torch.arange(length) for length in lengths]).to(device),
+        positions=torch.from_numpy(positions).to(device),
         tile_shapes=tuple(shapes),
-        gather=torch.cat(gather).to(device),
-        scatter=scatter.to(device),
+        gather=torch.from_numpy(np.concatenate(gather)).to(device),
+        scatter=torch.from_numpy(scatter).to(device),
     )
 
 

@@ -10,15 +10,17 @@ VOCAB_SIZE = 101
 
 
 def random_samples(count: int = 8, seed: int = 0) -> list[TrainSample]:
-    """Samples of 3 to 9 prompt and 1 to 11 response tokens, with unequal advantages and loss weights."""
+    """Samples of 3 to 9 prompt and 1 to 11 response tokens, with unequal advantages and loss weights; often two of one prompt."""
     rng = np.random.default_rng(seed)
     samples = []
-    for _ in range(count):
-        num_prompt, num_response = int(rng.integers(3, 10)), int(rng.integers(1, 12))
+    for index in range(count):
+        num_response = int(rng.integers(1, 12))
+        if index % 3 != 1:
+            prompt = rng.integers(0, VOCAB_SIZE, int(rng.integers(3, 10)))
         samples.append(
             TrainSample(
-                token_ids=tuple(rng.integers(0, VOCAB_SIZE, num_prompt + num_response).tolist()),
-                num_prompt_tokens=num_prompt,
+                token_ids=(*prompt.tolist(), *rng.integers(0, VOCAB_SIZE, num_response).tolist()),
+                num_prompt_tokens=len(prompt),
                 rollout_log_probs=tuple((-rng.random(num_response)).tolist()),
                 advantage=float(rng.normal()),
                 loss_weight=float(0.5 + rng.random()),

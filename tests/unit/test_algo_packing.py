@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dapo_megatron.algo.packing import balance, pack_micro_batches
+from dapo_megatron.algo.packing import balance, pack_micro_batches, runs_of_groups
 
 reproducible = settings(derandomize=True, deadline=None)
 
@@ -100,6 +100,19 @@ def test_rank_with_the_larger_micro_batches_gets_the_smaller_ones_next():
     packed = pack_micro_batches([100, 90, 50, 40], num_ranks=2, max_tokens=100)
     assert packed == (((0,), (3,)), ((1,), (2,)))
     assert rank_totals(packed, [100, 90, 50, 40]) == [140, 140]
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "max_tokens", "runs"),
+    [
+        (1, 120, [[0, 1, 2], [3, 4, 5], [6, 7]]),
+        (1, 80, [[0, 1], [2], [3, 4], [5], [6, 7]]),
+        (2, 120, [[0], [1], [2], [3], [4], [5], [6], [7]]),
+    ],
+)
+def test_a_run_is_of_one_group_and_a_fourth_of_a_micro_batch_and_of_a_ranks_share(num_ranks, max_tokens, runs):
+    lengths, group_of = [10] * 8, [0, 0, 0, 1, 1, 1, 2, 2]
+    assert runs_of_groups(lengths, group_of, num_ranks=num_ranks, max_tokens=max_tokens) == runs
 
 
 def test_8192_sequences_are_packed_in_a_fraction_of_a_second():

@@ -157,6 +157,15 @@ def test_micro_batches_count_prompt_tokens_and_follow_the_pipeline_multiple(mult
     assert [[len(micro_batch) for micro_batch in rank] for rank in step.micro_batches] == [sizes_of_a_rank] * 2
 
 
+def test_samples_of_a_group_stay_in_one_micro_batch_where_they_fit():
+    groups = [group(at, [7] * 4, [True, False, True, False]) for at in range(1, 6)]
+    rules = replace(RULES, max_tokens_per_micro_batch=199)  # 40 tokens a group with its prompts: no room for all five
+    (step,) = build_train_batch(groups, rules, seed=0, weight_version=0).optimizer_steps
+    (micro_batches,) = step.micro_batches
+    assert len(micro_batches) == 2
+    assert all(len({sample.token_ids[0] for sample in micro_batch}) * 4 == len(micro_batch) for micro_batch in micro_batches)
+
+
 # the objective: what the actor sums over ranks and micro-batches equals eq. 8 computed straight from the groups
 
 
