@@ -19,18 +19,27 @@ import ast
 import importlib.abc
 import importlib.machinery
 import logging
+import marshal
+import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any, Self
 
 import torch
+import xxhash
 
 from dapo_megatron.actor.cpu_adam import CpuAdam
 
 _DEVICE_NAME = "__cpu_device__"
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dapo_megatron" / "cpu_adapter"
+"""Rewritten bytecode: compiling all of megatron-core takes seconds, in every rank."""
+_REWRITING = sys.version.encode() + Path(__file__).read_bytes()
+"""What the bytecode depends on besides its source."""
 
 
 class _NoStream:
@@ -135,14 +144,24 @@ class _ToCpu(ast.NodeTransformer):
 
 
 class _CpuLoader(importlib.machinery.SourceFileLoader):
-    """Compiles a megatron module from its rewritten tree; writes no bytecode cache."""
+    """Compiles a megatron module from its rewritten tree; its bytecode goes to a cache of our own, never beside the source."""
 
     def get_code(self, fullname: str) -> CodeType:
         path = self.get_filename(fullname)
+        source = self.get_data(path)
+        cached = _CACHE / f"{xxhash.xxh3_64_hexdigest(_REWRITING + path.encode() + source)}.bin"
+        if cached.is_file():
+            return marshal.loads(cached.read_bytes())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
-            tree = ast.fix_missing_locations(_ToCpu().visit(ast.parse(self.get_data(path), path)))
-            return compile(tree, path, "exec", dont_inherit=True)
+            tree = ast.fix_missing_locations(_ToCpu().visit(ast.parse(source, path)))
+            code = compile(tree, path, "exec", dont_inherit=True)
+        with suppress(OSError):  # a cache that cannot be written costs time only
+            _CACHE.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=_CACHE, delete=False) as file:
+                file.write(marshal.dumps(code))
+            os.replace(file.name, cached)
+        return code
 
     def exec_module(self, module: ModuleType) -> None:
         setattr(module, _DEVICE_NAME, CpuDevice())

@@ -19,11 +19,9 @@ from tests.e2e.runs import command, kill_one, processes_of, rows, train, untimed
 STEPS = ("--train.num_rollout_steps", "6", "--eval.path", "null")
 KILLS = (
     ("RankProcess", 2, "rollout"),
-    ("EngineProcess", 2, "train"),
-    ("RankProcess", 3, "train"),
-    ("EngineProcess", 4, "rollout"),
-    ("RankProcess", 4, "sync"),
-    ("EngineProcess", 5, "sync"),
+    ("EngineProcess", 3, "train"),
+    ("RankProcess", 4, "train"),
+    ("EngineProcess", 4, "sync"),
     ("RankProcess", 5, "save"),
 )
 """Who dies, and in which phase of which rollout step at the earliest."""
@@ -106,7 +104,7 @@ def test_the_controller_may_die_in_any_phase(folder: Path, whole_run: Path):
     run = folder / "controller"
     delays = random.Random(1)
     attempt = 0.0
-    for rollout_step, phase in ((2, "rollout"), (3, "train"), (4, "save")):
+    for rollout_step, phase in ((2, "train"), (4, "save")):
         with started(folder, run.name) as process:
             attempt = wait_for(run, process, rollout_step, phase, not_attempt=attempt)
             time.sleep(delays.uniform(0, LATEST_SECONDS))
