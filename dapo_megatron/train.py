@@ -8,7 +8,6 @@ import logging
 import os
 import subprocess
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,8 +29,6 @@ from dapo_megatron.rewards.workers import RewardWorkers
 from dapo_megatron.types import CheckpointError, ConfigError, EngineError, NumericsError, WorkerDiedError
 
 PACKAGES = ("dapo-megatron", "torch", "megatron-core", "transformer-engine", "transformers", "ray", "sglang")
-EVAL_SEED = 1
-"""Evaluations draw the same random numbers at every step and in every run."""
 RESTARTABLE = (WorkerDiedError, EngineError, NumericsError)
 
 logger = logging.getLogger(__name__)
@@ -75,7 +72,7 @@ def check(config: Config) -> tuple[PromptSet, PromptSet | None]:
     if problems:
         raise ConfigError(problems)
     tokenizer = load_tokenizer(config.model.path)
-    held_out = load_prompts(config.data.model_copy(update={"path": config.eval.path}), tokenizer) if config.eval.path else None
+    held_out = load_prompts(config.eval_data, tokenizer) if config.eval_data else None
     return load_prompts(config.data, tokenizer), held_out
 
 
@@ -153,7 +150,7 @@ def _train_once(
     start: Path | None,
     console: Console,
 ) -> None:
-    from dapo_megatron.eval.held_out import evaluate
+    from dapo_megatron.eval.measure import Protocol, held_out_metrics
     from dapo_megatron.launcher.controller import Controller
     from dapo_megatron.launcher.ray_backend import backend
     from dapo_megatron.rollout.sampler import Sampler
@@ -186,20 +183,8 @@ def _train_once(
                 await scorer.wait_ready()
                 rules = sampler_rules(config)
                 sampler = Sampler(processes.engines, scorer, stream, rules, state.sampler if state else None)
-                params = replace(rules.params, temperature=config.eval.temperature, top_p=config.eval.top_p)
-                measure = (
-                    partial(
-                        evaluate,
-                        processes.engines,
-                        scorer,
-                        held_out.prompts,
-                        params,
-                        num_samples=config.eval.num_samples,
-                        seed=EVAL_SEED,
-                    )
-                    if held_out
-                    else None
-                )
+                protocol = Protocol.of(config, rules.params.stop_token_ids)
+                evaluate = partial(held_out_metrics, processes.engines, scorer, held_out.prompts, protocol) if held_out else None
                 controller = Controller(
                     config,
                     actor=processes.actor,
@@ -209,7 +194,7 @@ def _train_once(
                     folder=folder,
                     report=report,
                     identity=identity,
-                    evaluate=measure,
+                    evaluate=evaluate,
                     state=state,
                 )
                 await controller.run(start)

@@ -61,13 +61,40 @@ def check_config(
         *_model_directory(config.model.path),
         *_data_file("data.path", config.data.path),
         *_data_file("eval.path", config.eval.path),
+        *_evaluation(config),
         *_run_folder(config),
     ]
     if hf_config is not None:
         problems += _architecture(config, hf_config)
         problems += _layout_of_model(config, hf_config)
+        problems += _positions(config, hf_config, "rollout", config.rollout.max_response_tokens)
+        if config.eval.path is not None and config.eval.max_response_tokens is not None:
+            problems += _positions(config, hf_config, "eval", config.eval.max_response_tokens)
     if transformer_config_fields is not None:
         problems += _megatron_extra(config, transformer_config_fields)
+    return problems
+
+
+def check_evaluation(config: Config, hf_config: Mapping[str, Any] | None, *, starts_actor: bool) -> list[str]:
+    """As `check_config`, for `dapo-megatron evaluate`: only what an evaluation uses.
+
+    `starts_actor`: the weights come from a checkpoint through actor ranks, so the layout must fit the model.
+    """
+    problems = [
+        *_rewards(config),
+        *_evaluation(config),
+        *_model_directory(config.model.path),
+        *_data_file("--data", config.eval.path),
+    ]
+    if config.eval.path is None:
+        problems.append("--data is missing: the run has no eval.path; give a JSONL or parquet file, or the name of a data set.")
+    if starts_actor:
+        problems += _layout(config)
+    if hf_config is not None:
+        section = "rollout" if config.eval.max_response_tokens is None else "eval"
+        problems += _positions(config, hf_config, section, config.max_eval_response_tokens)
+        if starts_actor:
+            problems += [*_architecture(config, hf_config), *_layout_of_model(config, hf_config)]
     return problems
 
 
@@ -183,12 +210,26 @@ def _layout_of_model(config: Config, hf_config: Mapping[str, Any]) -> Iterator[s
         yield (
             f"{product} ({chunks}) must divide num_hidden_layers ({num_layers}) of {model}; use {either(_divisors(num_layers))}."
         )
+
+
+def _positions(config: Config, hf_config: Mapping[str, Any], section: str, max_response_tokens: int) -> Iterator[str]:
+    """The longest prompt and the longest response of `section` fit the model."""
     positions = hf_config.get("max_position_embeddings")
-    if isinstance(positions, int) and config.max_sequence_tokens > positions:
+    longest = config.data.max_prompt_tokens + max_response_tokens
+    if isinstance(positions, int) and longest > positions:
         yield (
-            f"data.max_prompt_tokens + rollout.max_response_tokens ({config.data.max_prompt_tokens} + "
-            f"{config.rollout.max_response_tokens} = {config.max_sequence_tokens}) must not exceed max_position_embeddings "
-            f"({positions}) of {model}; shorten one of them by {config.max_sequence_tokens - positions}."
+            f"data.max_prompt_tokens + {section}.max_response_tokens ({config.data.max_prompt_tokens} + "
+            f"{max_response_tokens} = {longest}) must not exceed max_position_embeddings "
+            f"({positions}) of {config.model.path}; shorten one of them by {longest - positions}."
+        )
+
+
+def _evaluation(config: Config) -> Iterator[str]:
+    settings = config.eval
+    if settings.temperature == 0 and settings.num_samples > 1:
+        yield (
+            f"eval.num_samples ({settings.num_samples}) must be 1 with eval.temperature 0: greedy responses to a problem are all the "
+            "same; use 1, or a temperature above 0."
         )
 
 

@@ -234,18 +234,30 @@ class RolloutConfig(Section):
 
 
 class EvalConfig(Section):
-    """Accuracy on held-out prompts during the run."""
+    """Accuracy on held-out problems: during a run, and by `dapo-megatron evaluate`."""
 
     path: str | None = None
-    """Held-out prompts, in the columns of `data`. None: no evaluation."""
+    """Held-out problems: JSONL or parquet file, or the name of a data set on a hub. None: no evaluation."""
     interval: int = Field(0, ge=0)
     """Rollout steps between evaluations; the last step is always evaluated. 0: only then."""
     num_samples: PositiveInt = 1
-    """Responses per prompt; eval/accuracy is their mean (avg@num_samples)."""
+    """Responses per problem; eval/accuracy is their mean (avg@num_samples). Paper: 32."""
     temperature: float = Field(1.0, ge=0)
     """Sampling temperature; 0 is greedy. Paper: 1.0."""
     top_p: float = Field(0.7, gt=0, le=1)
     """Nucleus. Paper: 0.7."""
+    max_response_tokens: PositiveInt | None = None
+    """Generation stops here (truncated). None: rollout.max_response_tokens."""
+    sampling_seed: int = Field(1, ge=0)
+    """Seeds the draws; the same at every step and in every run, and no part of the run's own."""
+    prompt_field: str | None = None
+    """Column with the problem. None: as in `data`."""
+    answer_field: str | None = None
+    """Column with the ground truth. None: as in `data`."""
+    answer_pattern: str | None = None
+    """Regular expression whose first group is the ground truth. None: as in `data`."""
+    prompt_template: str | None = None
+    """Text put around a plain-text problem. None: as in `data`."""
 
 
 class CheckpointConfig(Section):
@@ -304,6 +316,13 @@ class Config(Section):
     cluster: ClusterConfig = ClusterConfig()
 
     @property
-    def max_sequence_tokens(self) -> int:
-        """Longest prompt plus longest response."""
-        return self.data.max_prompt_tokens + self.rollout.max_response_tokens
+    def max_eval_response_tokens(self) -> int:
+        """Where the responses of an evaluation are truncated."""
+        return self.eval.max_response_tokens or self.rollout.max_response_tokens
+
+    @property
+    def eval_data(self) -> DataConfig | None:
+        """How the held-out problems are read: `data` with what `eval` says; None without `eval.path`."""
+        own = ("path", "prompt_field", "answer_field", "answer_pattern", "prompt_template")
+        given = {name: value for name in own if (value := getattr(self.eval, name)) is not None}
+        return self.data.model_copy(update=given) if self.eval.path is not None else None

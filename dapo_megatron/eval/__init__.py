@@ -1,1 +1,1 @@
-"""Accuracy on a fixed set of prompts, through the engines and rewards of the run."""
+"""Accuracy on a fixed set of problems, through the engines and rewards of a run: during training, and by `dapo-megatron evaluate`."""

@@ -62,6 +62,11 @@ _TABLE = (
     Metric("actor/num_optimizer_steps", "steps", "sum", "optimizer steps of this rollout step"),
     Metric("actor/num_loss_tokens", "tokens", "sum", "trained tokens over all optimizer steps"),
     Metric("eval/accuracy", "fraction", "mean", "correct responses to held-out prompts, after this step"),
+    Metric("eval/accuracy_standard_error", "fraction", "value", "standard error of eval/accuracy, clustered by problem"),
+    Metric("eval/solved_fraction", "fraction", "mean", "held-out problems with at least one correct response: pass@num_samples"),
+    Metric(
+        "eval/majority_accuracy", "fraction", "mean", "held-out problems whose most frequent answer is correct: maj@num_samples"
+    ),
     Metric("eval/response_length_tokens", "tokens", "mean", "length of responses to held-out prompts"),
     Metric("eval/truncated_fraction", "fraction", "mean", "responses to held-out prompts that reached max_response_tokens"),
     Metric("weights/version", "version", "value", "weights the engines hold after this step; grows by one per rollout step"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Protocol
 
@@ -27,17 +27,37 @@ async def generate_groups(
     params: SamplingParams,
     seed: int,
 ) -> list[RolloutGroup]:
-    """One group per entry of `prompts` (group id -> prompt), in its order; each is scored while others still generate.
-
-    Group i goes to engine i modulo the number of engines. The first error of an engine or of the scorer cancels the rest and is
-    raised as it is; EngineError when an engine leaves a request out.
-    """
+    """One group per entry of `prompts` (group id -> prompt), in its order. Errors as of `for_each_group`."""
     groups: dict[int, RolloutGroup] = {}
+
+    def keep(group: RolloutGroup) -> None:
+        groups[group.group_id] = group
+
+    await for_each_group(engines, scorer, prompts, num_samples_per_prompt, params, seed, keep)
+    return [groups[group_id] for group_id in prompts]
+
+
+async def for_each_group(
+    engines: Sequence[Generator],
+    scorer: Scorer,
+    prompts: Mapping[int, Prompt],
+    num_samples_per_prompt: int,
+    params: SamplingParams,
+    seed: int,
+    take: Callable[[RolloutGroup], None],
+) -> None:
+    """Calls `take` with one group per entry of `prompts`, each as soon as it is scored; others still generate meanwhile.
+
+    Group i goes to engine i modulo the number of engines. The first error of an engine, of the scorer or of `take` cancels the rest and
+    is raised as it is; EngineError when an engine leaves a request out.
+    """
+    missing = dict.fromkeys(prompts)
 
     async def score(result: GenerateResult) -> None:
         prompt = prompts[result.request_id]
         scores = await scorer.score([sample.text for sample in result.samples], prompt.answer)
-        groups[result.request_id] = RolloutGroup(result.request_id, prompt, result.samples, scores)
+        take(RolloutGroup(result.request_id, prompt, result.samples, scores))
+        del missing[result.request_id]
 
     async def run(engine: Generator, requests: Sequence[GenerateRequest]) -> None:
         async with aclosing(engine.generate(requests)) as results:
@@ -55,11 +75,10 @@ async def generate_groups(
                     tasks.create_task(run(engine, requests))
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from None
-    if missing := [group_id for group_id in prompts if group_id not in groups]:
+    if missing:
         raise EngineError(
-            f"The engines left out {len(missing)} of {len(prompts)} requests, first {missing[0]}; look at their logs."
+            f"The engines left out {len(missing)} of {len(prompts)} requests, first {next(iter(missing))}; look at their logs."
         )
-    return [groups[group_id] for group_id in prompts]
 
 
 def request_seed(seed: int, group_id: int) -> int:
