@@ -103,6 +103,63 @@ def train(
     raise typer.Exit(run(load_config(files, overrides), check_only=check))
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def evaluate(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN|CHECKPOINT|HF_DIR [CONFIG] [--PATH VALUE]",
+            help="What to evaluate, then YAML files, then overrides.",
+            show_default=False,
+        ),
+    ],
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="FILE", help="Problems: JSONL, parquet or a hub name. Short for --eval.path.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", help="Responses per problem, the k of avg@k. Short for --eval.num_samples.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option("--temperature", help="0 is greedy. Short for --eval.temperature.")] = None,
+    top_p: Annotated[float | None, typer.Option("--top-p", help="Nucleus. Short for --eval.top_p.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder of the results. Default: RUN/evaluations/STEP_DATA, or evaluations/MODEL_DATA."),
+    ] = None,
+) -> None:
+    """Measure avg@k, pass@k and maj@k of a run, a checkpoint or an HF directory.
+
+    RUN is a run folder (its newest complete checkpoint), CHECKPOINT one of its folders `checkpoints/step_NNNNNN`: actor ranks in the
+    run's layout load the weights and send them to the engines. The engines read an HF_DIR themselves. What is not given here is as in
+    the run: its `eval`, `data`, `reward`, `rollout` and `actor` sections; for an HF_DIR the defaults. Files and overrides work as in
+    `train`.
+
+    **Examples**
+
+    - `dapo-megatron evaluate runs/quickstart`: the run's own held-out problems
+    - `dapo-megatron evaluate runs/hot configs/aime2024.yaml --data aime2024.jsonl`: the paper's protocol, avg@32
+    - `dapo-megatron evaluate runs/hot/checkpoints/step_000100 --data test.jsonl --samples 8 --temperature 1.0 --top-p 0.7`
+    - `dapo-megatron evaluate models/Qwen2.5-32B configs/aime2024.yaml --data aime2024.jsonl --out results/base`
+    - `dapo-megatron evaluate runs/hot --data test.jsonl --actor.tensor_parallel_size 1 --rollout.num_engines 4`: another layout
+
+    The folder gets `problems.jsonl` (every response with its verdict), `summary.json` and `logs/`. The same command goes on where a killed
+    one stopped; with other settings it refuses and names them. Exit code 2: nothing was started, mend the input. Exit code 1: it
+    failed.
+    """
+    import json
+
+    from dapo_megatron.evaluate import run
+
+    paths, overrides = split_arguments(arguments)
+    if not paths:
+        raise ConfigError(
+            "RUN|CHECKPOINT|HF_DIR is missing: say first what to evaluate, e.g. `dapo-megatron evaluate runs/quickstart`."
+        )
+    source, *files = paths
+    given = {"eval.path": data, "eval.num_samples": samples, "eval.temperature": temperature, "eval.top_p": top_p}
+    overrides += [f"--{path}={json.dumps(value)}" for path, value in given.items() if value is not None]
+    raise typer.Exit(run(source, files, overrides, out))
+
+
 @app.command()
 def config(
     prefix: Annotated[str, typer.Argument(help="Only this section or path, e.g. `actor` or `actor.optimizer`.")] = "",

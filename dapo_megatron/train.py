@@ -19,7 +19,7 @@ from dapo_megatron.config.checks import check_config, read_hf_config
 from dapo_megatron.config.load import resolved_dict
 from dapo_megatron.config.schema import Config
 from dapo_megatron.data.loader import PromptStream
-from dapo_megatron.data.prompts import PromptSet, load_prompts
+from dapo_megatron.data.prompts import DataReport, PromptSet, load_prompts
 from dapo_megatron.launcher.controller import read_state
 from dapo_megatron.launcher.identity import RunIdentity, identity_of, require_same
 from dapo_megatron.launcher.run_folder import RunFolder, num_steps_of
@@ -37,19 +37,12 @@ logger = logging.getLogger(__name__)
 def run(config: Config, *, check_only: bool) -> int:
     """`dapo-megatron train`. Returns the exit code; user errors are raised as DapoMegatronError."""
     console = Console()
-    if config.run.prepare:
-        _import(config.run.prepare)(config)
+    prepare(config)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # reward workers are started from this process
     prompts, held_out = check(config)
-    report = prompts.report
-    console.print(
-        f"data: {len(prompts.prompts)} prompts of {report.num_rows} rows ({report.num_duplicates} duplicates, "
-        f"{report.num_too_long} too long, {report.num_malformed} malformed left out)",
-        highlight=False,
-        soft_wrap=True,
-    )
-    for problem in report.first_problems:
-        console.print(f"  left out: {problem}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    print_data_report(console, "data", prompts.report)
+    if held_out is not None:
+        print_data_report(console, "held out", held_out.report)
     folder = RunFolder(config.run.dir)
     identity = identity_of(config, prompts.fingerprint)
     start = starting_checkpoint(config, folder)
@@ -60,6 +53,25 @@ def run(config: Config, *, check_only: bool) -> int:
         console.print(f"{config.run.dir}: nothing stands against this run", highlight=False, soft_wrap=True)
         return 0
     return _train(config, prompts, held_out, identity, start, console)
+
+
+def prepare(config: Config) -> None:
+    """Make what `run.prepare` makes; nothing without it."""
+    if config.run.prepare:
+        _import(config.run.prepare)(config)
+
+
+def print_data_report(console: Console, name: str, report: DataReport) -> None:
+    """What became of the rows of a data source."""
+    num_prompts = report.num_rows - report.num_duplicates - report.num_too_long - report.num_malformed
+    console.print(
+        f"{name}: {num_prompts} prompts of {report.num_rows} rows ({report.num_duplicates} duplicates, "
+        f"{report.num_too_long} too long, {report.num_malformed} malformed left out)",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for problem in report.first_problems:
+        console.print(f"  left out: {problem}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def check(config: Config) -> tuple[PromptSet, PromptSet | None]:
@@ -112,7 +124,7 @@ def _train(
             soft_wrap=True,
         )
         return 0
-    folder.create({"config": resolved_dict(config), "versions": _versions(), "commit": _commit()})
+    folder.create({"config": resolved_dict(config), "versions": versions(), "commit": commit()})
     with ray_session(config):
         for restarts_left in range(config.run.max_restarts, -1, -1):
             try:
@@ -248,7 +260,9 @@ def _import(path: str) -> Callable[[Config], None]:
         raise ConfigError(f"run.prepare ({path}) must be an importable `module:function`: {error}") from error
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
+    """Of the packages that results depend on; None: not installed."""
+
     def installed(package: str) -> str | None:
         try:
             return version(package)
@@ -258,7 +272,7 @@ def _versions() -> dict[str, str | None]:
     return {package: installed(package) for package in PACKAGES}
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of a source checkout; None for an installed package."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():

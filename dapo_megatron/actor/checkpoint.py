@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -49,7 +50,7 @@ class BackgroundSave:
         self._digests: dict[str, FileDigest] = {}
         writing = f"writing {directory}"
         _on_all_ranks(lambda: self._prepare_folders(directory, canary), writing)
-        models = _models(policy)
+        models = _models(policy.modules)
         states = {WEIGHTS: models, OPTIMIZER: {"optimizer": optimizer_state(policy.optimizer, models, is_loading=False)}}
         self._requests = [
             dist_checkpointing.save(
@@ -129,9 +130,9 @@ def load(policy: Policy, directory: Path) -> None:
     Random streams are restored when the number of ranks is the one that saved; nothing of the policy draws random numbers
     unless dropout is switched on through `actor.megatron_extra`.
     """
-    load_weights(policy, directory)
+    load_weights(policy.modules, directory)
     # The optimizer's sharded state refers to the parameters as they stand, so it is asked for after they are loaded.
-    wanted = {"optimizer": optimizer_state(policy.optimizer, _models(policy), is_loading=True)}
+    wanted = {"optimizer": optimizer_state(policy.optimizer, _models(policy.modules), is_loading=True)}
     with torch.no_grad():
         policy.optimizer.load_state_dict(_read(wanted, directory / OPTIMIZER)["optimizer"])
     if len(list((directory / RNG).iterdir())) == dist.get_world_size():
@@ -141,10 +142,10 @@ def load(policy: Policy, directory: Path) -> None:
     dist.barrier()
 
 
-def load_weights(policy: Policy, directory: Path) -> None:
-    """Read the weights alone: enough to generate and to evaluate, not to train on."""
-    state = _read(_models(policy), directory / WEIGHTS)
-    for index, module in enumerate(policy.modules):
+def load_weights(modules: Sequence[GPTModel], directory: Path) -> None:
+    """Read the weights alone, into bare modules: enough to generate and to evaluate, not to train on."""
+    state = _read(_models(modules), directory / WEIGHTS)
+    for index, module in enumerate(modules):
         module.load_state_dict(state[f"model{index}"])
 
 
@@ -155,8 +156,8 @@ def _read(wanted: dict[str, Any], directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{directory} does not fit this model: {error}") from error
 
 
-def _models(policy: Policy) -> dict[str, Any]:
-    return {f"model{i}": module.sharded_state_dict(metadata=SHARDING) for i, module in enumerate(policy.modules)}
+def _models(modules: Sequence[GPTModel]) -> dict[str, Any]:
+    return {f"model{i}": module.sharded_state_dict(metadata=SHARDING) for i, module in enumerate(modules)}
 
 
 def _rng_file(rank: int) -> str:

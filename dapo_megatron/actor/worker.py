@@ -111,10 +111,6 @@ class ActorWorker:
         if difference:
             logger.warning("%s: %s", directory, difference)
 
-    def load_weights(self, directory: Path) -> None:
-        """Read the weights of what was saved, without the optimizer: for evaluation."""
-        checkpoint.load_weights(self.policy, directory)
-
     def close(self) -> None:
         """Leave the process groups."""
         parallel.destroy()

@@ -36,13 +36,14 @@ _RULES = {
 """What a value must do, by pydantic's error type."""
 
 
-def load_config(files: Sequence[Path], overrides: Sequence[str] = ()) -> Config:
-    """Merge `files` left to right, apply `overrides` (command-line tokens), validate.
+def load_config(files: Sequence[Path], overrides: Sequence[str] = (), *, base: Mapping[str, Any] | None = None) -> Config:
+    """Merge `files` left to right over `base` (as of `resolved_dict`), apply `overrides` (command-line tokens), validate.
 
     Raises ConfigError whose `problems` name every unreadable file, unknown key, ambiguous override and value out of range.
     """
     problems: list[str] = []
     merged = _path_defaults()
+    _merge(merged, base or {})
     for file in files:
         try:
             _merge(merged, _read_yaml(file))

@@ -35,6 +35,8 @@ class EvaluationFolder:
         self.logs = path / "logs"
         self._settings: dict[str, Any] = json.loads(json.dumps(dict(settings)))
         self._about = dict(about)
+        self.num_correct: dict[int, int] = {}
+        """Evaluated problem -> its correct responses."""
 
     def __enter__(self) -> Self:
         try:
@@ -47,7 +49,8 @@ class EvaluationFolder:
         try:
             self._lock()
             self._compare_settings()
-            self.done: frozenset[int] = frozenset(self._keep_whole_lines())
+            self._cut_torn_line()
+            self.num_correct = {record.problem: record.num_correct for record in self.records()}
         except BaseException:
             self._file.close()
             raise
@@ -61,6 +64,7 @@ class EvaluationFolder:
         self._file.write(record.to_json().encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+        self.num_correct[record.problem] = record.num_correct
 
     def records(self) -> Iterator[ProblemRecord]:
         """All problems evaluated so far, one at a time. CheckpointError for a line that is none."""
@@ -111,18 +115,13 @@ class EvaluationFolder:
         if differences:
             raise ConfigError(differences)
 
-    def _keep_whole_lines(self) -> Iterator[int]:
-        """Cut off a last line that a crash left unfinished; the numbers of the problems in the others."""
+    def _cut_torn_line(self) -> None:
+        """Drop a last line that a crash left unfinished."""
         path = self.path / PROBLEMS
-        size = 0
         with path.open("rb") as file:
-            for line in file:
-                if line.endswith(b"\n"):
-                    size += len(line)
+            size = sum(len(line) for line in file if line.endswith(b"\n"))
         if size < path.stat().st_size:
             os.truncate(path, size)
-        for record in self.records():
-            yield record.problem
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

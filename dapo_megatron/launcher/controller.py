@@ -40,11 +40,16 @@ STOP_WINDOW = 10
 logger = logging.getLogger(__name__)
 
 
-class ActorHandle(Protocol):
+class WeightSource(Protocol):
+    """The part of the actor that sends weights."""
+
+    def send_weights(self, version: int) -> AsyncIterator[Any]: ...
+
+
+class ActorHandle(WeightSource, Protocol):
     """All actor ranks; a call runs on every one of them."""
 
     async def train(self, batch: TrainBatch, rollout_step: int) -> dict[str, float]: ...
-    def send_weights(self, version: int) -> AsyncIterator[Any]: ...
     async def start_save(self, directory: Path) -> None: ...
     async def save_is_written(self) -> bool: ...
     async def finish_save(self) -> Mapping[str, FileDigest]: ...
@@ -145,13 +150,7 @@ class Controller:
         await self._saver.seal()  # only now: a sealed checkpoint says that the rows up to it are written
 
     async def _sync(self, version: int) -> int:
-        """Bring the actor's weights to every engine as `version`. Returns the bytes sent to each engine."""
-        num_bytes = 0
-        async for message in self._actor.send_weights(version):
-            num_bytes += (await asyncio.gather(*(engine.receive(message) for engine in self._engines)))[0]
-        for engine in self._engines:
-            engine.weight_version = version
-        return num_bytes
+        return await sync_weights(self._actor, self._engines, version)
 
     async def _save(self, done: bool) -> dict[str, float]:
         """Look after the save in flight, and begin one when it is time; the last one is waited for."""
@@ -197,6 +196,16 @@ class Controller:
                 else {}
             ),
         }
+
+
+async def sync_weights(actor: WeightSource, engines: Sequence[EngineHandle], version: int) -> int:
+    """Bring the actor's weights to every engine as `version`. Returns the bytes sent to each engine."""
+    num_bytes = 0
+    async for message in actor.send_weights(version):
+        num_bytes += (await asyncio.gather(*(engine.receive(message) for engine in engines)))[0]
+    for engine in engines:
+        engine.weight_version = version
+    return num_bytes
 
 
 def _is_due(every: int, num_steps_done: int, done: bool) -> bool:

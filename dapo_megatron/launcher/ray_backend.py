@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Se
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
@@ -58,12 +58,14 @@ class RankProcess:
             probe.bind(("", 0))
             return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
-    def start(self, init_method: str) -> None:
+    def start(self, init_method: str, frozen: bool) -> None:
         if init_method.startswith("file:"):  # all ranks on this machine: nothing leaves the loopback interface
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        from dapo_megatron.actor.frozen import FrozenActor
         from dapo_megatron.actor.worker import ActorWorker
 
-        self._worker = ActorWorker(self._config, rank=self._rank, init_method=init_method)
+        worker: Any = FrozenActor if frozen else ActorWorker
+        self._worker = worker(self._config, rank=self._rank, init_method=init_method)
 
     def train(self, batch: TrainBatch, rollout_step: int) -> dict[str, float]:
         return self._worker.train(batch, rollout_step)
@@ -83,8 +85,8 @@ class RankProcess:
     def load(self, directory: Path, digests: Mapping[str, FileDigest], allow_canary: bool) -> None:
         self._worker.load(directory, digests, allow_canary)
 
-    def load_weights(self, directory: Path) -> None:
-        self._worker.load_weights(directory)
+    def load_weights(self, directory: Path, digests: Mapping[str, FileDigest]) -> None:
+        self._worker.load_weights(directory, digests)
 
 
 class EngineProcess:
@@ -174,9 +176,15 @@ class RayActor:
         """Read a checkpoint and prove that it is the one saved."""
         await self._on_all("load", directory, digests, allow_canary)
 
-    async def load_weights(self, directory: Path) -> None:
+    async def load_weights(self, directory: Path, digests: Mapping[str, FileDigest]) -> None:
         """Read a checkpoint's weights alone."""
-        await self._on_all("load_weights", directory)
+        await self._on_all("load_weights", directory, digests)
+
+    def stop(self) -> None:
+        """End the processes and free what they hold: an evaluation needs them no more once the engines have the weights."""
+        for process in self.processes:
+            ray.kill(process.handle)
+        self.processes = ()
 
     async def _on_all(self, method: str, *args: Any) -> list[Any]:
         return await call_all(self.processes, method, *args)
@@ -236,14 +244,19 @@ def ray_session(config: Config) -> Iterator[None]:
         ray.shutdown()
 
 
+Ranks = Literal["training", "frozen", "none"]
+"""What the actor ranks are for: to train; to hold the weights of a checkpoint; not started at all."""
+
+
 @contextmanager
-def backend(config: Config, logs: Path) -> Iterator[Backend]:
-    """Start all processes of the run and, on leaving, stop them. Needs an open `ray_session`."""
-    group, bundles = _place(config)
+def backend(config: Config, logs: Path, ranks: Ranks = "training") -> Iterator[Backend]:
+    """Start all processes of a run or of an evaluation and, on leaving, stop them. Needs an open `ray_session`."""
+    num_ranks = 0 if ranks == "none" else config.actor.world_size
+    group, bundles = _place(config, num_ranks)
     processes: list[Process] = []
     try:
         with tempfile.TemporaryDirectory() as folder:
-            ranks = [
+            actor = [
                 _start(
                     RankProcess,
                     f"actor rank {rank}",
@@ -253,9 +266,9 @@ def backend(config: Config, logs: Path) -> Iterator[Backend]:
                     config,
                     rank,
                 )
-                for rank in range(config.actor.world_size)
+                for rank in range(num_ranks)
             ]
-            processes += ranks
+            processes += actor
             engines = [
                 _start(
                     EngineProcess, f"engine {index}", logs / f"engine_{index:03d}.log", group, bundles.of_engine(index), config
@@ -263,27 +276,29 @@ def backend(config: Config, logs: Path) -> Iterator[Backend]:
                 for index in range(config.rollout.num_engines)
             ]
             processes += engines
-            asyncio.run(_bring_up(config, ranks, engines, Path(folder)))
-        yield Backend(RayActor(ranks), tuple(RayEngine(process) for process in engines))
+            asyncio.run(_bring_up(config, actor, engines, Path(folder), logs, frozen=ranks == "frozen"))
+        yield Backend(RayActor(actor), tuple(RayEngine(process) for process in engines))
     finally:
         for process in processes:
             ray.kill(process.handle)
         ray.util.remove_placement_group(group)
 
 
-async def _bring_up(config: Config, ranks: Sequence[Process], engines: Sequence[Process], folder: Path) -> None:
+async def _bring_up(
+    config: Config, ranks: Sequence[Process], engines: Sequence[Process], folder: Path, logs: Path, *, frozen: bool
+) -> None:
     """Ranks meet and load the model; engines load it meanwhile."""
     deadline = config.cluster.startup_deadline_seconds
     try:
         async with asyncio.timeout(deadline):
-            if config.cluster.ray_address is None:
+            if config.cluster.ray_address is None or not ranks:
                 init_method = f"file://{folder / 'rendezvous'}"
             else:
                 init_method = await _call(ranks[0], ranks[0].handle.rendezvous.remote())
-            await asyncio.gather(call_all(ranks, "start", init_method), call_all(engines, "pid"))
+            await asyncio.gather(call_all(ranks, "start", init_method, frozen), call_all(engines, "pid"))
     except TimeoutError:
         raise EngineError(
-            f"ranks and engines did not come up within cluster.startup_deadline_seconds ({deadline:.0f}); see {ranks[0].log_file.parent}"
+            f"ranks and engines did not come up within cluster.startup_deadline_seconds ({deadline:.0f}); see {logs}"
         ) from None
 
 
@@ -354,10 +369,10 @@ class _Bundles:
         return {"index": bundle, "num_cpus": self.share, "num_gpus": self.share if self.gpu else 0}
 
 
-def _place(config: Config) -> tuple[PlacementGroup, _Bundles]:
+def _place(config: Config, ranks: int) -> tuple[PlacementGroup, _Bundles]:
     """One bundle a rank; engines share them when colocated, else have their own."""
-    ranks, engines = config.actor.world_size, config.rollout.num_engines
-    split = config.cluster.placement == "split"
+    engines = config.rollout.num_engines
+    split = config.cluster.placement == "split" or ranks == 0
     gpu = ray.cluster_resources().get("GPU", 0) > 0
     num_bundles = ranks + engines if split else ranks
     most_on_a_bundle = 1 if split else 1 + -(-engines // ranks)

@@ -8,16 +8,19 @@ from dapo_megatron.config.checks import check_config
 from dapo_megatron.config.load import load_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+OVER = {"aime2024": "dapo_qwen2.5_32b"}
+"""Configs that are laid over another."""
 
 
 def test_shipped_configs_are_found():
-    assert {file.stem for file in CONFIGS} >= {"quickstart", "smollm2_gsm8k", "dapo_qwen2.5_32b"}
+    assert {file.stem for file in CONFIGS} >= {"quickstart", "smollm2_gsm8k", "dapo_qwen2.5_32b", "aime2024"}
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_shipped_config_loads_and_lacks_nothing_but_its_files(file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = load_config([file])
+    base = OVER.get(file.stem, file.stem)
+    config = load_config([file.with_stem(base), file] if base != file.stem else [file])
     hf_configs = {
         "quickstart": {"num_attention_heads": 4, "num_hidden_layers": 4, "intermediate_size": 128},
         "smollm2_gsm8k": {
@@ -35,6 +38,6 @@ def test_shipped_config_loads_and_lacks_nothing_but_its_files(file, tmp_path, mo
             "max_position_embeddings": 131072,
         },
     }
-    sizes = {"model_type": "llama", "hidden_size": 64, "vocab_size": 14, "max_position_embeddings": 64} | hf_configs[file.stem]
+    sizes = {"model_type": "llama", "hidden_size": 64, "vocab_size": 14, "max_position_embeddings": 64} | hf_configs[base]
     missing_files = ("model.path", "data.path", "eval.path")
     assert [problem for problem in check_config(config, sizes) if not problem.startswith(missing_files)] == []

@@ -48,11 +48,11 @@ def test_tokens_of_other_weights_are_an_error():
 
 def test_an_interrupted_evaluation_knows_what_is_done(tmp_path):
     with open_folder(tmp_path / "out") as folder:
-        assert folder.done == frozenset()
+        assert folder.num_correct == {}
         for problem in (2, 0):
             folder.add(record(problem))
     with open_folder(tmp_path / "out") as folder:
-        assert folder.done == {0, 2}
+        assert folder.num_correct == {2: 1, 0: 1}
         folder.add(record(1))
         assert [read.problem for read in folder.records()] == [2, 0, 1]
 
@@ -64,7 +64,7 @@ def test_a_line_cut_off_by_a_crash_is_evaluated_again(tmp_path):
     file = tmp_path / "problems.jsonl"
     file.write_bytes(file.read_bytes()[:-5])
     with open_folder(tmp_path) as folder:
-        assert folder.done == {0}
+        assert folder.num_correct == {0: 1}
         folder.add(record(1))
         assert list(folder.records()) == [record(0), record(1)]
 
@@ -93,7 +93,7 @@ def test_where_the_weights_lie_may_change(tmp_path):
     with open_folder(tmp_path):
         pass
     with EvaluationFolder(tmp_path, SETTINGS, {"source": "elsewhere"}) as folder:
-        assert folder.done == frozenset()
+        assert folder.num_correct == {}
 
 
 def test_a_folder_in_use_is_refused(tmp_path):

@@ -1,0 +1,184 @@
+"""An evaluation from the command line to its summary: find the weights, check, start the processes, measure what is missing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from dapo_megatron.config.checks import check_evaluation, read_hf_config
+from dapo_megatron.config.load import load_config, resolved_dict
+from dapo_megatron.config.schema import Config
+from dapo_megatron.data.prompts import PromptSet, load_prompts
+from dapo_megatron.eval.console import EvaluationProgress, print_summary
+from dapo_megatron.eval.folder import PROBLEMS, EvaluationFolder
+from dapo_megatron.eval.records import ProblemRecord
+from dapo_megatron.eval.summary import summarize
+from dapo_megatron.launcher.policy_source import PolicySource, find_policy
+from dapo_megatron.rewards.workers import RewardWorkers
+from dapo_megatron.train import commit, load_tokenizer, prepare, print_data_report, stop_token_ids, versions
+from dapo_megatron.types import ConfigError, DataError, EngineError, Prompt
+
+if TYPE_CHECKING:
+    from dapo_megatron.eval.measure import Protocol
+    from dapo_megatron.launcher.ray_backend import Backend
+
+
+def run(path: Path, files: Sequence[Path], overrides: Sequence[str], out: Path | None) -> int:
+    """`dapo-megatron evaluate`. Returns the exit code; user errors are raised as DapoMegatronError."""
+    console = Console()
+    source = find_policy(path)
+    config = evaluation_config(source, files, overrides)
+    prepare(config)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # reward workers are started from this process
+    problems = check(source, config)
+    print_data_report(console, "data", problems.report)
+
+    from dapo_megatron.eval.measure import Protocol
+
+    protocol = Protocol.of(config, stop_token_ids(config.model.path))
+    assert config.eval.path is not None
+    out = out or source.default_out(config.eval.path)
+    about = {
+        "source": str(source.path),
+        "data": config.eval.path,
+        "config": resolved_dict(config),
+        "versions": versions(),
+        "commit": commit(),
+    }
+    with EvaluationFolder(out, settings_of(source, config, problems, protocol), about) as folder:
+        missing = {number: prompt for number, prompt in enumerate(problems.prompts) if number not in folder.num_correct}
+        console.print(
+            f"{source.path} (weights of version {source.weight_version}): {len(problems.prompts)} problems x {protocol.num_samples} samples, "
+            f"temperature {protocol.params.temperature:g}, top-p {protocol.params.top_p:g}, at most "
+            f"{protocol.params.max_response_tokens} tokens"
+            + (f"; {len(folder.num_correct)} problems are done" if folder.num_correct else ""),
+            highlight=False,
+            soft_wrap=True,
+        )
+        if missing:
+            _measure_missing(source, config, missing, protocol, folder, console)
+        summary = summarize(sorted(folder.records(), key=lambda record: record.problem))
+        places = {"summary": folder.write_summary(summary.to_dict()), "responses": out / PROBLEMS}
+        print_summary(summary, f"{source.path} on {config.eval.path}: {summary.num_problems} problems", places, console)
+    return 0
+
+
+def evaluation_config(source: PolicySource, files: Sequence[Path], overrides: Sequence[str]) -> Config:
+    """The run's own settings (or the defaults, for an HF directory), then files, then overrides. Raises ConfigError."""
+    model = [] if source.run else [f"--model.path={json.dumps(str(source.path))}"]
+    return load_config(files, [*overrides, *model], base=source.base_config())
+
+
+def check(source: PolicySource, config: Config) -> PromptSet:
+    """The problems; raises ConfigError with every fault that can be known before a process is started, or DataError."""
+    hf_config = read_hf_config(config.model.path) if (config.model.path / "config.json").is_file() else None
+    faults = check_evaluation(config, hf_config, starts_actor=source.run is not None)
+    if faults:
+        raise ConfigError(faults)
+    data = config.eval_data
+    assert data is not None
+    problems = load_prompts(data, load_tokenizer(config.model.path))
+    if problems.report.num_too_long:
+        raise DataError(
+            f"{problems.report.num_too_long} of {problems.report.num_rows} problems of {data.path} have more prompt tokens than "
+            f"data.max_prompt_tokens ({data.max_prompt_tokens}), and an evaluation leaves none out; raise it with "
+            "--data.max_prompt_tokens."
+        )
+    return problems
+
+
+def settings_of(source: PolicySource, config: Config, problems: PromptSet, protocol: Protocol) -> dict[str, Any]:
+    """Everything that the responses and verdicts depend on, by the name under which a person can change it."""
+    reward = config.reward
+    return {
+        "weights": source.fingerprint(),
+        "weight_version": source.weight_version,
+        "problems (prompts and answers of --data)": problems.fingerprint,
+        "eval.num_samples": protocol.num_samples,
+        "eval.temperature": protocol.params.temperature,
+        "eval.top_p": protocol.params.top_p,
+        "eval.max_response_tokens": protocol.params.max_response_tokens,
+        "eval.sampling_seed": protocol.seed,
+        "stop tokens of model.path": protocol.params.stop_token_ids,
+        "rollout.engine.type": config.rollout.engine.type,
+        "rollout.engine.dtype": config.rollout.engine.dtype,
+        "model.dtype": config.model.dtype,
+        **{f"reward.{name}": value for name, value in reward.model_dump(mode="json", exclude={"num_workers"}).items()},
+    }
+
+
+def _measure_missing(
+    source: PolicySource,
+    config: Config,
+    missing: Mapping[int, Prompt],
+    protocol: Protocol,
+    folder: EvaluationFolder,
+    console: Console,
+) -> None:
+    from dapo_megatron.launcher.ray_backend import backend, ray_session
+
+    console.print(
+        (f"starting {config.actor.world_size} actor ranks and " if source.run else "starting ")
+        + f"{config.rollout.num_engines} engines",
+        highlight=False,
+        soft_wrap=True,
+    )
+    num_problems = len(missing) + len(folder.num_correct)
+    try:
+        with (
+            ray_session(config),
+            EvaluationProgress(num_problems, protocol.num_samples, folder.num_correct, console) as progress,
+            backend(config, folder.logs, "frozen" if source.run else "none") as processes,
+        ):
+            asyncio.run(_drive(source, config, processes, missing, protocol, folder, progress))
+    except BaseException:
+        console.print(
+            f"{len(folder.num_correct)} of {num_problems} problems are kept in {folder.path}; the same command goes on from there.",
+            style="yellow",
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise
+
+
+async def _drive(
+    source: PolicySource,
+    config: Config,
+    processes: Backend,
+    missing: Mapping[int, Prompt],
+    protocol: Protocol,
+    folder: EvaluationFolder,
+    progress: EvaluationProgress,
+) -> None:
+    from dapo_megatron.eval.measure import measure
+    from dapo_megatron.launcher.controller import PhaseClock, sync_weights
+
+    deadline = config.cluster.phase_deadline_seconds
+    async with RewardWorkers(config.reward) as scorer:
+        await scorer.wait_ready()
+        if source.run is not None:
+            clock = PhaseClock(deadline)
+            await clock.run("load", processes.actor.load_weights(source.actor_directory(), source.weight_digests()))
+            await clock.run("sync", sync_weights(processes.actor, processes.engines, source.weight_version))
+            processes.actor.stop()
+        progress.generating()
+        try:
+            async with asyncio.timeout(deadline) as limit:
+
+                def take(record: ProblemRecord) -> None:
+                    limit.reschedule(asyncio.get_running_loop().time() + deadline)
+                    folder.add(record)
+                    progress.add(record)
+
+                await measure(processes.engines, scorer, missing, protocol, take)
+        except TimeoutError:
+            raise EngineError(
+                f"no problem was finished within cluster.phase_deadline_seconds ({deadline:.0f}); look at the logs in {folder.logs}, "
+                "or raise the deadline"
+            ) from None
