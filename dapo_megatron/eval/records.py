@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+import numpy as np
+
 from dapo_megatron.types import EngineError, FinishReason, RolloutGroup
 
 
@@ -40,7 +42,9 @@ class ProblemRecord:
 
         Raises EngineError when a token comes from other weights than `weight_version`.
         """
-        versions = {int(version) for sample in group.samples for version in sample.weight_versions} - {weight_version}
+        versions = {version for sample in group.samples for version in np.unique(sample.weight_versions).tolist()} - {
+            weight_version
+        }
         if versions:
             raise EngineError(
                 f"problem {group.group_id} was answered by weights of version {versions.pop()}, not {weight_version}; "

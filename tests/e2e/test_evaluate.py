@@ -1,0 +1,103 @@
+"""`dapo-megatron evaluate` from the command line: real Ray, frozen megatron ranks, the embedded engine, real reward workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
+SETTINGS = ("--eval.num_samples", "48", "--eval.temperature", "1", "--eval.top_p", "0.95")
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def command(name: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "dapo_megatron", name, *arguments]
+
+
+def run(folder: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(name, *arguments), cwd=folder, capture_output=True, text=True, timeout=280, check=False)
+
+
+def lines(file: Path) -> list[str]:
+    return file.read_text().splitlines() if file.is_file() else []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The working directory, with the quick start's assets and a run of two rollout steps, evaluated after each."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    few = ("--train.num_rollout_steps", "2", "--checkpoint.every", "2", "--eval.interval", "1", "--run.dir", "run")
+    done = run(folder, "train", str(QUICKSTART), *few, *SETTINGS)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained_rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in lines(folder / "run" / "metrics.jsonl")]
+
+
+def test_the_run_was_evaluated_after_each_step(trained_rows: list[dict[str, Any]]):
+    assert ["eval/accuracy" in row for row in trained_rows] == [True, True]
+    assert trained_rows[0]["eval/response_length_tokens"] != trained_rows[1]["eval/response_length_tokens"]
+
+
+def test_a_killed_evaluation_goes_on_and_finds_what_the_run_found(folder: Path, trained_rows: list[dict[str, Any]]):
+    out = folder / "run" / "evaluations" / "step_000002_max_of_two.heldout"
+    with subprocess.Popen(
+        command("evaluate", "run", "--rollout.engine.max_batch_size", "2"), cwd=folder, stdout=subprocess.DEVNULL
+    ) as process:
+        deadline = time.monotonic() + 200
+        while len(lines(out / "problems.jsonl")) < 3 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    before = lines(out / "problems.jsonl")
+    assert 3 <= len(before) < 20 and not (out / "summary.json").exists()
+
+    refused = run(folder, "evaluate", "run", "--temperature", "0.6")
+    assert refused.returncode == 2 and "eval.temperature is 0.6, but the evaluation in" in refused.stderr
+
+    done = run(folder, "evaluate", "run", "--actor.tensor_parallel_size", "1")
+    assert done.returncode == 0, done.stderr
+    assert f"{len(before)} problems are done" in done.stdout and "20/20 problems" in done.stdout
+    after = lines(out / "problems.jsonl")
+    whole_before = before if (out / "problems.jsonl").read_bytes().startswith("\n".join(before).encode() + b"\n") else before[:-1]
+    assert after[: len(whole_before)] == whole_before
+    records = [json.loads(line) for line in after]
+    assert sorted(record["problem"] for record in records) == list(range(20))
+    assert {record["weight_version"] for record in records} == {2}
+    assert {len(record["responses"]) for record in records} == {48}
+
+    summary, row = json.loads((out / "summary.json").read_text()), trained_rows[-1]
+    assert summary["avg_at_48"]["value"] == pytest.approx(row["eval/accuracy"])
+    assert summary["avg_at_48"]["standard_error"] == pytest.approx(row["eval/accuracy_standard_error"])
+    assert summary["maj_at_48"]["value"] == pytest.approx(row["eval/majority_accuracy"])
+    assert summary["response_length_mean_tokens"] == pytest.approx(row["eval/response_length_tokens"])
+    assert summary["truncated_fraction"] == pytest.approx(row["eval/truncated_fraction"])
+    assert "pass_at_32" in summary and summary["settings"]["weight_version"] == 2
+
+    again = run(folder, "evaluate", "run")
+    assert again.returncode == 0 and "starting" not in again.stdout and "avg@48" in again.stdout
+
+
+def test_an_hf_directory_is_read_by_the_engines_themselves(folder: Path):
+    done = run(
+        folder,
+        *("evaluate", "runs/quickstart-assets/model", "--data", "runs/quickstart-assets/max_of_two.heldout.jsonl"),
+        *("--out", "hf", "--samples", "4", "--data.chat_template", "false", "--reward.type", "exact"),
+        *("--data.max_prompt_tokens", "8", "--eval.max_response_tokens", "2"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (folder / "hf" / "logs").iterdir()) == ["engine_000.log"]
+    summary = json.loads((folder / "hf" / "summary.json").read_text())
+    assert summary["num_problems"] == 20 and summary["settings"]["weight_version"] == 0
+    assert os.path.samefile(folder / summary["about"]["source"], folder / "runs/quickstart-assets/model")
