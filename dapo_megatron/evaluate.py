@@ -71,8 +71,14 @@ def run(path: Path, files: Sequence[Path], overrides: Sequence[str], out: Path |
 
 def evaluation_config(source: PolicySource, files: Sequence[Path], overrides: Sequence[str]) -> Config:
     """The run's own settings (or the defaults, for an HF directory), then files, then overrides. Raises ConfigError."""
-    model = [] if source.run else [f"--model.path={json.dumps(str(source.path))}"]
-    return load_config(files, [*overrides, *model], base=source.base_config())
+    base = source.base_config()
+    if source.run is None:
+        return load_config(files, [*overrides, f"--model.path={json.dumps(str(source.path))}"], base=base)
+    try:
+        load_config([], base=base)
+    except ConfigError as error:  # written by another version
+        raise ConfigError([f"{source.run.config_file}: {problem}" for problem in error.problems]) from None
+    return load_config(files, overrides, base=base)
 
 
 def check(source: PolicySource, config: Config) -> PromptSet:

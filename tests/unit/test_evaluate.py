@@ -13,6 +13,7 @@ from dapo_megatron.config.schema import Config
 from dapo_megatron.data.prompts import load_prompts
 from dapo_megatron.examples import max_of_two
 from dapo_megatron.launcher.policy_source import PolicySource, find_policy
+from dapo_megatron.launcher.run_folder import RunFolder
 from dapo_megatron.types import ConfigError, DataError
 
 AIME = Path(__file__).parents[2] / "configs" / "aime2024.yaml"
@@ -79,6 +80,20 @@ def test_an_hf_directory_stays_the_model_whatever_the_files_say(source, tmp_path
     file.write_text("model: {path: elsewhere}\neval: {num_samples: 3}\n")
     config = evaluation_config(source, [file], [])
     assert (config.model.path, config.eval.num_samples) == (source.path, 3)
+
+
+def test_a_run_gives_the_settings_that_are_not_given_here(tmp_path):
+    from dapo_megatron.evaluate import evaluation_config
+
+    run = RunFolder(tmp_path)
+    source = PolicySource(tmp_path / "checkpoints" / "step_000002", run, 2)
+    sections = {"model": {"path": "m"}, "data": {"path": "d"}, "eval": {"num_samples": 5, "top_p": 0.9}}
+    run.create({"config": sections})
+    config = evaluation_config(source, [AIME], ["--eval.top_p=0.8"])
+    assert (config.model.path, config.eval.num_samples, config.eval.top_p) == (Path("m"), 32, 0.8)
+    run.create({"config": {**sections, "eval": {"every": 5}}})
+    with pytest.raises(ConfigError, match=r"config\.json: eval\.every is not a configuration key"):
+        evaluation_config(source, [], [])
 
 
 def test_settings_name_what_the_results_depend_on(source):
