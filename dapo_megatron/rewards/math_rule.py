@@ -1,6 +1,6 @@
 """The `math` rule: string rule first, math-verify (sympy) for what strings cannot decide.
 
-Importing this module imports sympy (seconds). It sets no time limit of its own: an expression such as `9^{9^{9^9}}` never
+Importing this module imports sympy (seconds). It sets no time limit of its own and `bounds.py` cannot foresee everything that never
 ends, so call it where the process can be killed.
 """
 
@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import re
 from decimal import Decimal
+from functools import lru_cache
 
 from math_verify import LatexExtractionConfig, parse, verify
 
+from dapo_megatron.rewards.bounds import MAX_EXPRESSION_CHARS, is_bounded
 from dapo_megatron.rewards.rules import find_answer_line, find_last_boxed, is_hedge, normalize_answer
-
-MAX_EXPRESSION_CHARS = 1000
-"""A longer stated answer is wrong without being parsed."""
 
 _DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
 _WORD = re.compile(r"[A-Za-z]{2,}")
@@ -43,7 +42,7 @@ def is_math_correct(response: str, answer: str) -> bool:
         return Decimal(given) == Decimal(expected)
     if _WORD.fullmatch(given) and _WORD.fullmatch(expected):
         return given.casefold() == expected.casefold()
-    if _JUXTAPOSED_NUMBERS.search(given):
+    if _JUXTAPOSED_NUMBERS.search(given) or not is_bounded(stated, truth):
         return False
     return is_symbolically_equal(stated, truth)
 
@@ -63,6 +62,7 @@ def strip_markup(text: str) -> str:
     return _MATH_DELIMITER.sub("", text).lstrip(_EMPHASIS).rstrip(_EMPHASIS + ".,;")
 
 
+@lru_cache(maxsize=4096)
 def is_symbolically_equal(given: str, expected: str) -> bool:
     """math-verify's verdict on two LaTeX expressions. Runs for ever on expressions that sympy cannot evaluate."""
     gold, target = (parse(rf"\boxed{{{_bare(text)}}}", _EXTRACTION, parsing_timeout=None) for text in (expected, given))
