@@ -5,6 +5,7 @@ megatron-core itself is asked where each local tensor lies (`sharded_state_dict`
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,9 +41,24 @@ def live_boxes(modules: Sequence[GPTModel]) -> list[LiveBox]:
             is_main_replica(tensor.replica_id),
         )
         for module in modules
-        for value in module.sharded_state_dict(metadata=SHARDING).values()
+        for value in module.sharded_state_dict(metadata=dict(SHARDING)).values()
         for tensor in _tensors(value)
     ]
+
+
+def gradient_boxes(modules: Sequence[GPTModel]) -> list[LiveBox]:
+    """`live_boxes` with the gradients (fp32, megatron-core's main_grad buffers) as `data`; they stay views of the buffers."""
+    parameters = sorted((p for module in modules for p in module.parameters()), key=lambda parameter: parameter.data_ptr())
+    starts = [parameter.data_ptr() for parameter in parameters]
+
+    def gradient(data: Tensor) -> Tensor:
+        """The part of the gradient that lies where `data` lies in its parameter."""
+        parameter = parameters[bisect_right(starts, data.data_ptr()) - 1]
+        offset = (data.data_ptr() - parameter.data_ptr()) // data.itemsize
+        whole: Tensor = parameter.main_grad
+        return whole.as_strided(data.shape, data.stride(), whole.storage_offset() + offset)
+
+    return [LiveBox(item.box, gradient(item.data), item.is_owner) for item in live_boxes(modules)]
 
 
 def load_hf(modules: Sequence[GPTModel], mapping: ModelMapping, directory: Path) -> None:

@@ -37,7 +37,11 @@ def learning_rate(actor: ActorConfig, rollout_step: int) -> float:
     return actor.optimizer.lr * min(1.0, (rollout_step + 1) / (warmup + 1))
 
 
-def set_learning_rate(optimizer: MegatronOptimizer, value: float) -> None:
-    """Set lr of every parameter group."""
+def set_schedule(optimizer: MegatronOptimizer, actor: ActorConfig, rollout_step: int) -> None:
+    """Set learning rate and weight decay of every parameter group.
+
+    megatron-core marks norms and biases with a `wd_mult` of 0 and leaves it to the caller's scheduler to act on it.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = learning_rate(actor, rollout_step)
+        group["weight_decay"] = actor.optimizer.weight_decay * group["wd_mult"]

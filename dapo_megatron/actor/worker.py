@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from dapo_megatron.actor import canary, checkpoint, parallel
 from dapo_megatron.actor.checkpoint import BackgroundSave
 from dapo_megatron.actor.live_weights import live_boxes, load_hf
 from dapo_megatron.actor.micro_batch import MicroBatchTensors, to_tensors
-from dapo_megatron.actor.optimizer import learning_rate, set_learning_rate
+from dapo_megatron.actor.optimizer import learning_rate, set_schedule
 from dapo_megatron.actor.policy import Policy, build_modules, wrap
 from dapo_megatron.actor.step import LossStatistics, compute_log_probs, train_micro_batches
 from dapo_megatron.actor.weight_sender import WeightSender
@@ -30,6 +31,14 @@ from dapo_megatron.weights.plan import compile_mapping
 from dapo_megatron.weights.sync import WeightBucket, WeightManifest
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One optimizer step, the same on all ranks: what the loss reported, and the global gradient norm before clipping."""
+
+    statistics: LossStatistics
+    grad_norm: float
 
 
 class ActorWorker:
@@ -57,26 +66,34 @@ class ActorWorker:
 
         Raises NumericsError when a gradient norm is not finite; the weights are spoiled then.
         """
-        lr = learning_rate(self._config.actor, rollout_step)
-        set_learning_rate(self.policy.optimizer, lr)
+        updates = self.updates(batch, rollout_step)
+        statistics = [update.statistics for update in updates]
+        # With the engine's log-probs as old ones, only the first step still has the weights that sampled.
+        compared = statistics if self._config.algo.old_log_probs == "actor" else statistics[:1]
+        return _metrics(updates, learning_rate(self._config.actor, rollout_step)) | _log_prob_differences(compared)
+
+    def updates(
+        self, batch: TrainBatch, rollout_step: int, before_step: Callable[[int], None] = lambda index: None
+    ) -> list[Update]:
+        """As `train`, one record per optimizer step; `before_step` is called with its index when its gradients are complete."""
+        set_schedule(self.policy.optimizer, self._config.actor, rollout_step)
         steps = [self.tensors(step) for step in batch.optimizer_steps]
         old_log_probs = self._old_log_probs(steps)
-        statistics, grad_norms = [], []
+        updates = []
         for index, micro_batches in enumerate(steps):
             self.policy.zero_grad()
-            statistics.append(
-                train_micro_batches(self.policy.chunks, micro_batches, self.policy.head, self._config.algo, old_log_probs[index])
+            statistics = train_micro_batches(
+                self.policy.chunks, micro_batches, self.policy.head, self._config.algo, old_log_probs[index]
             )
+            before_step(index)
             _, grad_norm, _ = self.policy.optimizer.step()
             if not math.isfinite(grad_norm):
                 raise NumericsError(
                     f"actor/grad_norm is {grad_norm} in optimizer step {index} of rollout step {rollout_step}; the run goes on from its "
                     "newest checkpoint, lower actor.optimizer.lr if it happens again"
                 )
-            grad_norms.append(float(grad_norm))
-        # With the engine's log-probs as old ones, only the first step still has the weights that sampled.
-        compared = statistics if self._config.algo.old_log_probs == "actor" else statistics[:1]
-        return _metrics(statistics, grad_norms, lr) | _log_prob_differences(compared)
+            updates.append(Update(statistics, float(grad_norm)))
+        return updates
 
     def send_weights(self, version: int) -> Iterator[WeightBucket | WeightManifest]:
         """The policy in HF layout: buckets, then the manifest with fingerprints. Yields on rank 0 only."""
@@ -135,12 +152,13 @@ class ActorWorker:
         return [None, *later]
 
 
-def _metrics(statistics: Sequence[LossStatistics], grad_norms: Sequence[float], lr: float) -> dict[str, float]:
+def _metrics(updates: Sequence[Update], lr: float) -> dict[str, float]:
     """Means are over the trained tokens of all optimizer steps, except loss and grad_norm: over optimizer steps."""
+    statistics = [update.statistics for update in updates]
     tokens = sum(step.num_loss_tokens for step in statistics)
     return {
         "actor/loss": sum(step.loss_sum / step.num_loss_tokens for step in statistics) / len(statistics),
-        "actor/grad_norm": sum(grad_norms) / len(grad_norms),
+        "actor/grad_norm": sum(update.grad_norm for update in updates) / len(updates),
         "actor/entropy_nats": sum(step.entropy_sum for step in statistics) / tokens,
         "actor/mean_probability": sum(step.probability_sum for step in statistics) / tokens,
         "actor/clip_fraction_low": sum(step.num_clipped_low for step in statistics) / tokens,

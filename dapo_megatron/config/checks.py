@@ -27,6 +27,8 @@ OWNED_MEGATRON_FIELDS: Mapping[str, str] = {
     "tensor_model_parallel_size": "actor.tensor_parallel_size",
     "pipeline_model_parallel_size": "actor.pipeline_parallel_size",
     "virtual_pipeline_model_parallel_size": "actor.virtual_pipeline_size",
+    "num_layers_in_first_pipeline_stage": "actor.num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage": "actor.num_layers_in_last_pipeline_stage",
     "context_parallel_size": "actor.context_parallel_size",
     "expert_model_parallel_size": "actor.expert_parallel_size",
     "sequence_parallel": "actor.sequence_parallel",
@@ -96,6 +98,11 @@ def check_evaluation(config: Config, hf_config: Mapping[str, Any] | None, *, sta
         if starts_actor:
             problems += [*_architecture(config, hf_config), *_layout_of_model(config, hf_config)]
     return problems
+
+
+def check_layout(config: Config, hf_config: Mapping[str, Any]) -> list[str]:
+    """The part of `check_config` that the actor's ranks depend on: no data, no run folder, no weights."""
+    return [*_layout(config), *_architecture(config, hf_config), *_layout_of_model(config, hf_config)]
 
 
 def read_hf_config(path: Path) -> dict[str, Any]:
@@ -169,11 +176,52 @@ def _layout(config: Config) -> Iterator[str]:
             f"actor.virtual_pipeline_size ({actor.virtual_pipeline_size}) needs actor.pipeline_parallel_size > 1 (now 1); "
             "raise it, or set actor.virtual_pipeline_size to null."
         )
+    if actor.pipeline_parallel_size == 1:
+        for name, count in _uneven_stages(config).items():
+            yield f"{name} ({count}) needs actor.pipeline_parallel_size > 1 (now 1); raise it, or set {name} to null."
     if actor.sequence_parallel and actor.tensor_parallel_size == 1:
         yield (
             "actor.sequence_parallel (true) needs actor.tensor_parallel_size > 1 (now 1); raise it, or set "
             "actor.sequence_parallel to false."
         )
+
+
+def _uneven_stages(config: Config) -> dict[str, int]:
+    """The stages whose number of layers is given, by the name of the setting."""
+    counts = {
+        f"actor.num_layers_in_{end}_pipeline_stage": getattr(config.actor, f"num_layers_in_{end}_pipeline_stage")
+        for end in ("first", "last")
+    }
+    return {name: count for name, count in counts.items() if count is not None}
+
+
+def _stages(config: Config, num_layers: int) -> Iterator[str]:
+    """How layers divide over pipeline stages and, under interleaving, over the chunks of each stage."""
+    actor, model, given = config.actor, config.model.path, _uneven_stages(config)
+    num_stages, num_chunks = actor.pipeline_parallel_size, actor.virtual_pipeline_size or 1
+    if not given:
+        if num_layers % (num_stages * num_chunks):
+            product = "actor.pipeline_parallel_size" + (" x actor.virtual_pipeline_size" if actor.virtual_pipeline_size else "")
+            yield (
+                f"{product} ({num_stages * num_chunks}) must divide num_hidden_layers ({num_layers}) of {model}; "
+                f"use {either(_divisors(num_layers))}, or uneven stages (actor.num_layers_in_first_pipeline_stage, ..._last_...)."
+            )
+        return
+    if num_stages == 1:
+        return
+    words = " and ".join(f"{name} ({count})" for name, count in given.items())
+    left, stages_left = num_layers - sum(given.values()), num_stages - len(given)
+    if left < stages_left or (left % stages_left if stages_left else left):
+        must = f"a positive multiple of {stages_left}, for the other stages" if stages_left else "none: there is no other stage"
+        yield f"{words} must leave {must}, but {left} of num_hidden_layers ({num_layers}) of {model} are left; change a number."
+        return
+    per_stage = given | ({"layers of each other stage": left // stages_left} if stages_left else {})
+    for name, count in per_stage.items():
+        if count % num_chunks:
+            yield (
+                f"actor.virtual_pipeline_size ({num_chunks}) must divide {name} ({count}): every stage is cut into that many "
+                "chunks; change one of the two."
+            )
 
 
 def _restarts(config: Config) -> Iterator[str]:
@@ -204,12 +252,8 @@ def _layout_of_model(config: Config, hf_config: Mapping[str, Any]) -> Iterator[s
                 f"use {either(_divisors(common, limit=64))}" + (", or set actor.pad_query_groups." if name in heads else ".")
             )
     num_layers = hf_config.get("num_hidden_layers")
-    chunks = actor.pipeline_parallel_size * (actor.virtual_pipeline_size or 1)
-    if isinstance(num_layers, int) and num_layers % chunks:
-        product = "actor.pipeline_parallel_size" + (" x actor.virtual_pipeline_size" if actor.virtual_pipeline_size else "")
-        yield (
-            f"{product} ({chunks}) must divide num_hidden_layers ({num_layers}) of {model}; use {either(_divisors(num_layers))}."
-        )
+    if isinstance(num_layers, int):
+        yield from _stages(config, num_layers)
 
 
 def _positions(config: Config, hf_config: Mapping[str, Any], section: str, max_response_tokens: int) -> Iterator[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from dapo_megatron.types import LossAggregation
 
@@ -129,6 +129,8 @@ class TrainConfig(Section):
     """Optimizer steps per rollout step. Paper: 16."""
     stop_at_accuracy: float | None = Field(None, gt=0, le=1)
     """End the run when the mean rollout/accuracy of the last 10 steps reaches this."""
+    record_batch_of_step: PositiveInt | None = None
+    """Rollout step (from 1, as in metrics.jsonl) whose batch is kept in RUN/batches, for `compare-layouts --batch`. None: none."""
 
 
 class OptimizerConfig(Section):
@@ -161,6 +163,10 @@ class ActorConfig(Section):
     """PP."""
     virtual_pipeline_size: PositiveInt | None = None
     """VPP: model chunks per pipeline rank. None: no interleaving."""
+    num_layers_in_first_pipeline_stage: PositiveInt | None = None
+    """Layers of the first stage, which also holds the embedding. None: as many as a middle stage."""
+    num_layers_in_last_pipeline_stage: PositiveInt | None = None
+    """Layers of the last stage, which also holds the LM head. None: as many as a middle stage."""
     context_parallel_size: Literal[1] = 1
     """CP. Only 1 today."""
     expert_parallel_size: Literal[1] = 1
@@ -277,6 +283,17 @@ class CheckpointConfig(Section):
     """What may differ from the run that saved: config paths or sections, `data`, `code`, `versions`, `canary`."""
 
 
+class LogProbDiffAlarm(Section):
+    """When actor and engine disagree about the log-probabilities of the same tokens, `actor/log_prob_diff_*`."""
+
+    mean: Literal["auto"] | PositiveFloat | None = "auto"
+    """Alarm above this actor/log_prob_diff_mean, in nats. auto: 1e-3 with actor and engine in fp32, else 0.05. None: off."""
+    max: Literal["auto"] | PositiveFloat | None = "auto"
+    """Alarm above this actor/log_prob_diff_max, in nats. auto: 0.05 with both in fp32, else off: bf16 has rare tokens off by 1."""
+    action: Literal["warn", "stop"] = "warn"
+    """warn: a line on the console in each such step. stop: end the run with an error."""
+
+
 class MetricsConfig(Section):
     """Where metrics go besides metrics.jsonl."""
 
@@ -284,6 +301,7 @@ class MetricsConfig(Section):
     """Write TensorBoard events to the run folder."""
     wandb_project: str | None = None
     """Weights & Biases project. None: off."""
+    log_prob_diff_alarm: LogProbDiffAlarm = LogProbDiffAlarm()
 
 
 class ClusterConfig(Section):

@@ -64,6 +64,8 @@ def transformer_config(architecture: Architecture, model: ModelConfig, actor: Ac
         tensor_model_parallel_size=actor.tensor_parallel_size,
         pipeline_model_parallel_size=actor.pipeline_parallel_size,
         virtual_pipeline_model_parallel_size=actor.virtual_pipeline_size,
+        num_layers_in_first_pipeline_stage=actor.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=actor.num_layers_in_last_pipeline_stage,
         context_parallel_size=actor.context_parallel_size,
         expert_model_parallel_size=actor.expert_parallel_size,
         sequence_parallel=actor.sequence_parallel,

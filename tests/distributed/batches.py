@@ -29,12 +29,18 @@ def random_samples(count: int = 8, seed: int = 0) -> list[TrainSample]:
     return samples
 
 
-def cut(samples: list[TrainSample], *, num_ranks: int, samples_per_micro_batch: int) -> TrainBatch:
-    """One optimizer step, the samples dealt to data-parallel ranks in equal runs."""
+def cut(samples: list[TrainSample], *, num_ranks: int, samples_per_micro_batch: int, num_updates: int = 1) -> TrainBatch:
+    """Optimizer steps of equally many samples, which are dealt to data-parallel ranks in equal runs."""
+    per_step = len(samples) // num_updates
+    steps = [samples[start : start + per_step] for start in range(0, len(samples), per_step)]
+    return TrainBatch(tuple(_cut_step(step, num_ranks, samples_per_micro_batch) for step in steps))
+
+
+def _cut_step(samples: list[TrainSample], num_ranks: int, samples_per_micro_batch: int) -> OptimizerStepBatch:
     per_rank = len(samples) // num_ranks
     shares = [samples[rank * per_rank : (rank + 1) * per_rank] for rank in range(num_ranks)]
     micro_batches = tuple(
         tuple(tuple(share[i : i + samples_per_micro_batch]) for i in range(0, per_rank, samples_per_micro_batch))
         for share in shares
     )
-    return TrainBatch((OptimizerStepBatch(micro_batches, sum(sample.num_loss_tokens for sample in samples)),))
+    return OptimizerStepBatch(micro_batches, sum(sample.num_loss_tokens for sample in samples))

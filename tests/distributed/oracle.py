@@ -1,14 +1,41 @@
-"""The same objective with plain transformers and autograd: no packing, no parallelism, one sequence at a time."""
+"""The same objective with plain transformers, autograd and torch's AdamW: no packing, no parallelism, one sequence at a time."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 
-from dapo_megatron.types import TrainBatch, TrainSample
+from dapo_megatron.config.schema import Config
+from dapo_megatron.types import OptimizerStepBatch, TrainBatch, TrainSample
+
+
+@dataclass(frozen=True, slots=True)
+class OracleUpdate:
+    """One optimizer step: mean loss over trained tokens, global gradient norm and gradients before clipping."""
+
+    loss: float
+    num_loss_tokens: int
+    grad_norm: float
+    gradients: dict[str, np.ndarray]
+    num_clipped: int
+    """Tokens whose gradient a clip stopped."""
+
+
+@dataclass(frozen=True, slots=True)
+class OracleRun:
+    """A whole batch: its optimizer steps and the parameters after the last."""
+
+    updates: list[OracleUpdate]
+    weights: dict[str, np.ndarray]
+
+
+def load(directory: Path) -> torch.nn.Module:
+    """The transformers model in fp32."""
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
 
 
 def sequence_log_probs(model: torch.nn.Module, sample: TrainSample) -> torch.Tensor:
@@ -19,21 +46,42 @@ def sequence_log_probs(model: torch.nn.Module, sample: TrainSample) -> torch.Ten
     return picked[sample.num_prompt_tokens - 1 :]
 
 
-def load(directory: Path) -> torch.nn.Module:
-    """The transformers model in fp32."""
-    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+def train(directory: Path, config: Config, batch: TrainBatch) -> OracleRun:
+    """Rollout step 0 with the config's loss and optimizer."""
+    model = load(directory)
+    settings = config.actor.optimizer
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+            {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+        ],
+        lr=settings.lr / (settings.num_warmup_rollout_steps + 1),
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+    )
+    with torch.no_grad():
+        old = {id(sample): sequence_log_probs(model, sample) for step in batch.optimizer_steps for sample in _samples(step)}
+    updates = []
+    for step in batch.optimizer_steps:
+        optimizer.zero_grad()
+        loss, num_clipped = 0.0, 0
+        for sample in _samples(step):
+            log_probs = sequence_log_probs(model, sample)
+            drawn_with = old[id(sample)] if sample.on_policy else torch.tensor(sample.rollout_log_probs)
+            ratio = (log_probs - drawn_with).exp()
+            allowed = ratio.clamp(1 - config.algo.clip_ratio_low, 1 + config.algo.clip_ratio_high)
+            objective = torch.minimum(ratio * sample.advantage, allowed * sample.advantage)
+            sample_loss = -objective.sum() * sample.loss_weight / step.num_loss_tokens
+            sample_loss.backward()
+            loss += sample_loss.item()
+            num_clipped += int((objective != ratio * sample.advantage).sum())
+        gradients = {name: parameter.grad.numpy().copy() for name, parameter in model.named_parameters()}
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip_grad or torch.inf)
+        optimizer.step()
+        updates.append(OracleUpdate(loss, step.num_loss_tokens, float(norm), gradients, num_clipped))
+    return OracleRun(updates, {name: parameter.detach().numpy() for name, parameter in model.named_parameters()})
 
 
-def first_step_gradients(model: torch.nn.Module, batch: TrainBatch) -> tuple[float, dict[str, np.ndarray]]:
-    """Loss (mean over trained tokens) and gradients of the first optimizer step, at ratio 1."""
-    step = batch.optimizer_steps[0]
-    total = 0.0
-    for rank in step.micro_batches:
-        for micro_batch in rank:
-            for sample in micro_batch:
-                log_probs = sequence_log_probs(model, sample)
-                ratio = (log_probs - log_probs.detach()).exp()
-                loss = -(ratio * sample.advantage).sum() * sample.loss_weight / step.num_loss_tokens
-                loss.backward()
-                total += loss.item()
-    return total, {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+def _samples(step: OptimizerStepBatch) -> list[TrainSample]:
+    return [sample for rank in step.micro_batches for micro_batch in rank for sample in micro_batch]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dapo_megatron.actor.replayed import Replay
 from dapo_megatron.config.schema import Config
 from dapo_megatron.types import TrainBatch
 
@@ -24,50 +25,29 @@ def make_config(model_dir: Path, dtype: str = "fp32", **actor: Any) -> Config:
     )
 
 
-def round_trip(rank: int, init_method: str, config: Config, bucket_bytes: int) -> dict[str, np.ndarray] | None:
-    """Load the HF directory into live ranks and send it back; the HF tensors on rank 0."""
+def load_and_replay(
+    rank: int, init_method: str, config: Config, batch: TrainBatch
+) -> tuple[dict[str, np.ndarray] | None, Replay | None]:
+    """On rank 0: the HF tensors as they come back from the ranks that loaded them, and what training on the batch gives."""
     from dapo_megatron.actor.live_weights import live_boxes
+    from dapo_megatron.actor.replay import replay
     from dapo_megatron.actor.weight_sender import WeightSender
     from dapo_megatron.actor.worker import ActorWorker
 
     worker = ActorWorker(config, rank=rank, init_method=init_method)
-    sender = WeightSender(worker.mapping, live_boxes(worker.policy.modules), bucket_bytes)
-    return received(worker.mapping, list(sender.send(1)))
+    sender = WeightSender(worker.mapping, live_boxes(worker.policy.modules), bucket_bytes=5000)
+    return received(worker.mapping, list(sender.send(1))), replay(worker, batch, rollout_step=0)
 
 
-def first_step(rank: int, init_method: str, config: Config, batch: TrainBatch) -> dict[str, Any]:
-    """Gradients (before clipping, HF layout) and statistics of the first optimizer step, log-probs before it, weights after."""
-    from dapo_megatron.actor.live_weights import LiveBox, live_boxes
+def log_probs(rank: int, init_method: str, config: Config, batch: TrainBatch) -> list[np.ndarray] | None:
+    """Log-probs of each micro-batch of the first optimizer step, on one rank per data-parallel copy."""
     from dapo_megatron.actor.parallel import holds_loss
-    from dapo_megatron.actor.step import compute_log_probs, train_micro_batches
-    from dapo_megatron.actor.weight_sender import WeightSender
+    from dapo_megatron.actor.step import compute_log_probs
     from dapo_megatron.actor.worker import ActorWorker
 
     worker = ActorWorker(config, rank=rank, init_method=init_method)
-    policy = worker.policy
-    micro_batches = worker.tensors(batch.optimizer_steps[0])
-    log_probs = compute_log_probs(policy.chunks, micro_batches, policy.head)
-    policy.zero_grad()
-    statistics = train_micro_batches(policy.chunks, micro_batches, policy.head, config.algo, None)
-    gradients = None
-    if not config.actor.use_distributed_optimizer:  # with it, each data-parallel rank holds a part of the gradient
-        for module in policy.modules:
-            for parameter in module.parameters():
-                parameter.data, parameter.backup = parameter.main_grad, parameter.data
-        boxes: list[LiveBox] = live_boxes(policy.modules)
-        gradients = received(worker.mapping, list(WeightSender(worker.mapping, boxes, 2**16).send(0)))
-        for module in policy.modules:
-            for parameter in module.parameters():
-                parameter.data = parameter.backup
-    _, grad_norm, _ = policy.optimizer.step()
-    after = received(worker.mapping, list(WeightSender(worker.mapping, live_boxes(policy.modules), 2**16).send(1)))
-    return {
-        "log_probs": [values.numpy() for values in log_probs] if holds_loss() else None,
-        "statistics": statistics,
-        "gradients": gradients,
-        "grad_norm": float(grad_norm),
-        "weights_after": after,
-    }
+    values = compute_log_probs(worker.policy.chunks, worker.tensors(batch.optimizer_steps[0]), worker.policy.head)
+    return [value.numpy() for value in values] if holds_loss() else None
 
 
 def received(mapping: Any, messages: list[Any]) -> dict[str, np.ndarray] | None:

@@ -1,8 +1,9 @@
-"""Every layout computes what plain transformers computes: weights, log-probs, loss, gradients, grad norm, updated weights."""
+"""Every layout computes what plain transformers computes: weights, log-probs, losses, gradients, norms, updated parameters."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,137 +12,192 @@ import pytest
 import torch
 
 from dapo_megatron.config.schema import Config
-from dapo_megatron.types import TrainBatch
+from dapo_megatron.types import TrainBatch, TrainSample
 from tests.distributed import oracle, programs
 from tests.distributed.batches import cut, random_samples
 from tests.distributed.ranks import run_ranks
 from tests.tiny_models import FAMILIES, make_hf_model
 
 TOLERANCE = 1e-5
-"""Relative to the largest element of a tensor, fp32."""
+"""Relative, fp32; of a tensor relative to its largest element."""
 
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "one_rank": {},
-    "tp2": {"tensor_parallel_size": 2},
-    "tp4": {"tensor_parallel_size": 4},
-    "pp2": {"pipeline_parallel_size": 2},
-    "pp4": {"pipeline_parallel_size": 4},
-    "pp2_vpp2": {"pipeline_parallel_size": 2, "virtual_pipeline_size": 2},
-    "tp2_pp2": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
-    "dp2": {"num_ranks": 2},
-    "tp2_sp": {"tensor_parallel_size": 2, "sequence_parallel": True},
-    "tp2_selective_recompute": {"tensor_parallel_size": 2, "recompute": "selective"},
-    "tp2_sp_full_recompute": {"tensor_parallel_size": 2, "sequence_parallel": True, "recompute": "full"},
-}
+OPTIMIZER = {"lr": 1e-3, "num_warmup_rollout_steps": 0, "weight_decay": 0.1, "clip_grad": 1.0}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout, and with it a model, a cut and a number of optimizer steps: cases cover all of them, not their product."""
+
+    name: str
+    layout: dict[str, Any]
+    model: str = "llama"
+    samples_per_micro_batch: int = 2
+    num_updates: int = 3
+    samples_per_update: int = 8
+
+
+TP2, TP4 = {"tensor_parallel_size": 2}, {"tensor_parallel_size": 4}
+PP2, PP4 = {"pipeline_parallel_size": 2}, {"pipeline_parallel_size": 4}
+SP, VPP2, FULL = {"sequence_parallel": True}, {"virtual_pipeline_size": 2}, {"recompute": "full"}
+SELECTIVE, PLAIN_OPTIMIZER = {"recompute": "selective"}, {"use_distributed_optimizer": False}
+FIRST1, LAST1 = {"num_layers_in_first_pipeline_stage": 1}, {"num_layers_in_last_pipeline_stage": 1}
+FIRST2, FIRST4 = {"num_layers_in_first_pipeline_stage": 2}, {"num_layers_in_first_pipeline_stage": 4}
+DP2, DP4 = {"num_ranks": 2}, {"num_ranks": 4}
+
+CASES = (
+    Case("one_rank", {}),
+    Case("one_rank_nothing_packed", {}, "qwen2", samples_per_micro_batch=1, num_updates=1),
+    Case("one_rank_all_packed", {}, "llama3_tied", samples_per_micro_batch=8),
+    Case("one_rank_recompute", FULL, "qwen3", samples_per_micro_batch=3),
+    Case("tp2", TP2, num_updates=1),
+    Case("tp2_tied", TP2, "llama3_tied", samples_per_micro_batch=1),
+    Case("tp2_padded_groups", {**TP2, "pad_query_groups": True}, "three_groups", samples_per_micro_batch=8),
+    Case("tp2_selective_recompute", TP2 | SELECTIVE, samples_per_micro_batch=3),
+    Case("tp2_sp", TP2 | SP, "qwen3", samples_per_micro_batch=1, num_updates=16, samples_per_update=4),
+    Case("tp2_sp_biases", TP2 | SP, "qwen2", samples_per_micro_batch=3),
+    Case("tp2_sp_full_recompute", TP2 | SP | FULL, "llama3_tied"),
+    Case("tp4", TP4, "qwen3"),
+    Case("pp2", PP2, "qwen3", samples_per_micro_batch=8, num_updates=1),
+    Case("pp2_tied", PP2, "qwen2", samples_per_micro_batch=1),
+    Case("pp4", PP4),
+    Case("pp2_vpp2", PP2 | VPP2, "llama3_tied", num_updates=16, samples_per_update=4),
+    Case("pp2_vpp2_full_recompute", PP2 | VPP2 | FULL),
+    Case("pp2_first1", PP2 | FIRST1, "six_layers"),
+    Case("pp2_last1", PP2 | LAST1, "six_layers", samples_per_micro_batch=1),
+    Case("pp2_vpp2_first2", PP2 | VPP2 | FIRST2, "six_layers"),
+    Case("pp4_first1_last1", PP4 | FIRST1 | LAST1, "six_layers"),
+    Case("tp2_pp2", TP2 | PP2, "qwen2"),
+    Case("tp2_pp2_first4", TP2 | PP2 | FIRST4, "six_layers", samples_per_micro_batch=3),
+    Case("tp2_sp_pp2_vpp2", TP2 | SP | PP2 | VPP2, "qwen3"),
+    Case("dp2", DP2, "qwen3", samples_per_micro_batch=1, num_updates=16, samples_per_update=4),
+    Case("dp2_plain_optimizer", DP2 | PLAIN_OPTIMIZER, "qwen2"),
+    Case("dp4", DP4),
+    Case("tp2_sp_dp2", DP4 | TP2 | SP, "llama3_tied"),
+    Case("tp2_dp2_plain_optimizer", DP4 | TP2 | PLAIN_OPTIMIZER, num_updates=1),
+    Case("pp2_dp2", DP4 | PP2, "qwen2", samples_per_micro_batch=1),
+    Case("pp2_vpp2_dp2", DP4 | PP2 | VPP2, "qwen3"),
+)
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """`three_groups` has heads as in SmolLM2: 3 query groups of 3 heads, which 2 ranks do not divide."""
     folder = tmp_path_factory.mktemp("models")
-    return {family: make_hf_model(folder / family, family) for family in FAMILIES}
+    nine_heads = {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3}
+    return {family: make_hf_model(folder / family, family) for family in FAMILIES} | {
+        "six_layers": make_hf_model(folder / "six_layers", "qwen3", num_hidden_layers=6),
+        "three_groups": make_hf_model(folder / "three_groups", "llama3_tied", **nine_heads),
+    }
 
 
-@pytest.fixture(scope="module")
-def three_groups(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Heads as in SmolLM2: 3 query groups of 3 heads, which 2 ranks do not divide."""
-    return make_hf_model(
-        tmp_path_factory.mktemp("three_groups") / "model",
-        "llama3_tied",
-        hidden_size=72,
-        num_attention_heads=9,
-        num_key_value_heads=3,
+@cache
+def samples_of(model: Path, count: int) -> tuple[TrainSample, ...]:
+    """Every other one of older weights, its log-probs so far off that the loss clips on both sides."""
+    rng = np.random.default_rng(1)
+    reference = oracle.load(model)
+
+    def drawn_with(sample: TrainSample) -> tuple[float, ...]:
+        with torch.no_grad():
+            now = oracle.sequence_log_probs(reference, sample).numpy()
+        return tuple(np.minimum(now + rng.normal(scale=0.4, size=now.shape), 0.0).tolist())
+
+    samples = random_samples(count)
+    return tuple(
+        replace(sample, rollout_log_probs=drawn_with(sample), on_policy=False) if index % 2 else sample
+        for index, sample in enumerate(samples)
     )
 
 
-def run_first_step(model: Path, layout: dict[str, Any], batch: TrainBatch, **options: Any) -> list[dict[str, Any]]:
-    config = programs.make_config(model, **layout, **options)
-    return run_ranks(programs.first_step, config.actor.world_size, config, batch)
+@cache
+def expected(model: Path, count: int, num_updates: int) -> oracle.OracleRun:
+    batch = cut(list(samples_of(model, count)), num_ranks=1, samples_per_micro_batch=1, num_updates=num_updates)
+    run = oracle.train(model, programs.make_config(model, optimizer=OPTIMIZER), batch)
+    assert run.updates[0].num_clipped, "clipped tokens are part of what is compared"
+    assert run.updates[0].grad_norm > OPTIMIZER["clip_grad"], "and so are clipped gradients"
+    return run
 
 
-def assert_matches_oracle(model: Path, layout: dict[str, Any], samples_per_micro_batch: int = 2) -> None:
-    num_ranks = programs.make_config(model, **layout).actor.data_parallel_size
-    batch = cut(random_samples(), num_ranks=num_ranks, samples_per_micro_batch=samples_per_micro_batch)
-    results = run_first_step(model, layout, batch, use_distributed_optimizer=False)
-    reference = oracle.load(model)
-    loss, gradients = oracle.first_step_gradients(reference, batch)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_layout_agrees_with_transformers(models: dict[str, Path], case: Case):
+    """From the HF directory into the ranks and back bit by bit, then training against the oracle.
 
-    statistics = results[0]["statistics"]
-    assert statistics.num_loss_tokens == batch.optimizer_steps[0].num_loss_tokens
-    assert statistics.loss_sum / statistics.num_loss_tokens == pytest.approx(loss, rel=TOLERANCE)
-    assert all(result["statistics"] == statistics for result in results), "all ranks report the same numbers"
-    norm = np.sqrt(sum((gradient.astype(np.float64) ** 2).sum() for gradient in gradients.values()))
-    assert results[0]["grad_norm"] == pytest.approx(norm, rel=TOLERANCE)
-    assert results[0]["gradients"].keys() == gradients.keys()
-    for name, gradient in gradients.items():
-        difference = np.abs(results[0]["gradients"][name] - gradient).max()
-        assert difference <= TOLERANCE * np.abs(gradient).max(), name
-    assert_log_probs_match(reference, batch, results)
+    Loss, norm and gradients of the first update agree to TOLERANCE. Parameters cannot: Adam's step is lr * m / (sqrt(v) + eps), at
+    first lr * sign(g), so an element whose gradient is rounding noise may go either way. They are compared in units of the way
+    Adam can go, lr * updates: to 1e-2 in the quadratic mean of a tensor, and to twice all of it for a single element.
+    Losses and norms of later updates see those parameters: 1e-4.
+    """
+    model, count = models[case.model], case.num_updates * case.samples_per_update
+    config = programs.make_config(model, **case.layout, optimizer=OPTIMIZER)
+    batch = cut(
+        list(samples_of(model, count)),
+        num_ranks=config.actor.data_parallel_size,
+        samples_per_micro_batch=case.samples_per_micro_batch,
+        num_updates=case.num_updates,
+    )
+    loaded, got = run_ranks(programs.load_and_replay, config.actor.world_size, config, batch)[0]
+    want = expected(model, count, case.num_updates)
+
+    before = dict(oracle.load(model).named_parameters())
+    assert loaded.keys() == got.gradients.keys() == got.weights.keys() == before.keys()
+    for name, parameter in before.items():
+        assert np.array_equal(loaded[name], parameter.detach().numpy()), name
+
+    assert [update.num_loss_tokens for update in got.updates] == [update.num_loss_tokens for update in want.updates]
+    for index, (update, reference) in enumerate(zip(got.updates, want.updates, strict=True)):
+        tolerance = 1e-4 if index else TOLERANCE
+        assert update.loss == pytest.approx(reference.loss, rel=tolerance, abs=tolerance / 10), index
+        assert update.grad_norm == pytest.approx(reference.grad_norm, rel=tolerance), index
+    way = OPTIMIZER["lr"] * case.num_updates
+    for name, gradient in want.updates[0].gradients.items():
+        assert np.abs(got.gradients[name] - gradient).max() <= TOLERANCE * np.abs(gradient).max(), name
+        apart = np.abs(got.weights[name] - want.weights[name])
+        assert np.sqrt((apart**2).mean()) <= 1e-2 * way, name
+        assert apart.max() <= 2 * way, name
 
 
-def assert_log_probs_match(reference: torch.nn.Module, batch: TrainBatch, results: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("layout", [TP2 | SP, PP2 | LAST1, DP2], ids=["tp2_sp", "pp2_last1", "dp2"])
+def test_log_probs_agree_with_transformers(models: dict[str, Path], layout: dict[str, Any]):
     """One rank per data-parallel copy reports log-probs, in the order of the copies."""
-    reported = [result["log_probs"] for result in results if result["log_probs"] is not None]
+    config = programs.make_config(models["qwen3"], **layout)
+    batch = cut(random_samples(), num_ranks=config.actor.data_parallel_size, samples_per_micro_batch=2)
+    reported = [values for values in run_ranks(programs.log_probs, 2, config, batch) if values is not None]
+    reference = oracle.load(models["qwen3"])
     for micro_batches, log_probs in zip(batch.optimizer_steps[0].micro_batches, reported, strict=True):
         for samples, values in zip(micro_batches, log_probs, strict=True):
             with torch.no_grad():
-                expected = torch.cat([oracle.sequence_log_probs(reference, sample) for sample in samples])
-            np.testing.assert_allclose(values, expected.numpy(), atol=1e-4)
+                wanted = torch.cat([oracle.sequence_log_probs(reference, sample) for sample in samples])
+            np.testing.assert_allclose(values, wanted.numpy(), atol=1e-4)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_every_layout_agrees_with_transformers(models: dict[str, Path], layout: dict[str, Any]):
-    assert_matches_oracle(models["llama"], layout)
-
-
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llama"])
-@pytest.mark.parametrize("layout", ["tp2_sp", "tp2_pp2"])
-def test_every_family_agrees_with_transformers(models: dict[str, Path], family: str, layout: str):
-    assert_matches_oracle(models[family], LAYOUTS[layout])
-
-
-@pytest.mark.parametrize("samples_per_micro_batch", [1, 3, 8])
-def test_any_cut_into_micro_batches_gives_the_same_gradient(models: dict[str, Path], samples_per_micro_batch: int):
-    assert_matches_oracle(models["qwen2"], LAYOUTS["one_rank"], samples_per_micro_batch)
-
-
-def test_query_groups_that_the_ranks_do_not_divide_are_padded_without_effect(three_groups: Path):
-    assert_matches_oracle(three_groups, {"tensor_parallel_size": 2, "pad_query_groups": True})
-
-
-@pytest.mark.parametrize("layout", ["tp2_sp", "pp2"])
-def test_bf16_follows_the_fp32_gradient(models: dict[str, Path], layout: str):
-    batch = cut(random_samples(), num_ranks=1, samples_per_micro_batch=4)
-    result = run_first_step(models["qwen2"], LAYOUTS[layout], batch, dtype="bf16", use_distributed_optimizer=False)[0]
-    _, gradients = oracle.first_step_gradients(oracle.load(models["qwen2"]), batch)
-    for name, expected in gradients.items():
-        got = result["gradients"][name]
-        cosine = (got * expected).sum() / (np.linalg.norm(got) * np.linalg.norm(expected))
+@pytest.mark.parametrize("layout", [TP2 | SP, PP2], ids=["tp2_sp", "pp2"])
+def test_bf16_follows_the_fp32_gradient(models: dict[str, Path], layout: dict[str, Any]):
+    batch = cut(random_samples(), num_ranks=1, samples_per_micro_batch=4)  # on-policy: no clip that rounding could decide
+    config = programs.make_config(models["qwen2"], "bf16", **layout, optimizer=OPTIMIZER)
+    _, got = run_ranks(programs.load_and_replay, 2, config, batch)[0]
+    for name, gradient in oracle.train(models["qwen2"], config, batch).updates[0].gradients.items():
+        cosine = (got.gradients[name] * gradient).sum() / (np.linalg.norm(got.gradients[name]) * np.linalg.norm(gradient))
         assert cosine > 0.99, name
-    moved = result["weights_after"]["model.norm.weight"]
-    assert np.isfinite(moved).all()
+    assert all(np.isfinite(weights).all() for weights in got.weights.values())
 
 
-def several_updates(rank: int, init_method: str, config: Config, batch: TrainBatch) -> dict[str, float]:
+def train(rank: int, init_method: str, config: Config, batch: TrainBatch) -> dict[str, float]:
     from dapo_megatron.actor.worker import ActorWorker
 
     return ActorWorker(config, rank=rank, init_method=init_method).train(batch, rollout_step=0)
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2_vpp2"])
-def test_later_updates_keep_the_log_probs_of_the_weights_that_sampled(models: dict[str, Path], layout: str):
+@pytest.mark.parametrize("layout", [TP2, PP2 | VPP2], ids=["tp2", "pp2_vpp2"])
+def test_later_updates_keep_the_log_probs_of_the_weights_that_sampled(models: dict[str, Path], layout: dict[str, Any]):
     """Old log-probs are taken before the first update, so only the ratio moves, and the engine's values stay the yardstick."""
-    samples = random_samples(12)
     reference = oracle.load(models["qwen3"])
     with torch.no_grad():
-        samples = [replace(s, rollout_log_probs=tuple(oracle.sequence_log_probs(reference, s).tolist())) for s in samples]
-    steps = tuple(
-        cut(samples[i : i + 4], num_ranks=1, samples_per_micro_batch=2).optimizer_steps[0] for i in range(0, len(samples), 4)
-    )
-    config = programs.make_config(
-        models["qwen3"], **LAYOUTS[layout], optimizer={"lr": 1e-2, "num_warmup_rollout_steps": 0, "clip_grad": 0.0}
-    )
-    metrics = run_ranks(several_updates, 2, config, TrainBatch(steps))
-    assert metrics[0] == metrics[1]
+        samples = [
+            replace(s, rollout_log_probs=tuple(oracle.sequence_log_probs(reference, s).tolist())) for s in random_samples(12)
+        ]
+    batch = cut(samples, num_ranks=1, samples_per_micro_batch=2, num_updates=3)
+    config = programs.make_config(models["qwen3"], **layout, optimizer={**OPTIMIZER, "lr": 1e-2, "clip_grad": 0.0})
+    metrics = run_ranks(train, 2, config, batch)
+    assert metrics[0] == metrics[1], "all ranks report the same numbers"
     assert metrics[0]["actor/num_optimizer_steps"] == 3
     assert metrics[0]["actor/ratio_max"] > 1.05
     assert metrics[0]["actor/log_prob_diff_max"] < 1e-4
@@ -151,36 +207,6 @@ def test_an_empty_micro_batch_changes_nothing(models: dict[str, Path]):
     batch = cut(random_samples(), num_ranks=1, samples_per_micro_batch=4)
     (step,) = batch.optimizer_steps
     padded = TrainBatch((replace(step, micro_batches=(((*step.micro_batches[0], ())),)),))
-    plain, with_empty = (run_first_step(models["llama"], LAYOUTS["tp2_sp"], b) for b in (batch, padded))
-    assert with_empty[0]["grad_norm"] == plain[0]["grad_norm"]
-    assert with_empty[0]["statistics"] == plain[0]["statistics"]
-
-
-@pytest.mark.parametrize("layout", ["dp2", "tp2_pp2"])
-def test_the_distributed_optimizer_takes_the_same_step(models: dict[str, Path], layout: str):
-    num_ranks = 2 if layout == "dp2" else 1
-    batch = cut(random_samples(), num_ranks=num_ranks, samples_per_micro_batch=2)
-    whole, sharded = (
-        run_first_step(models["qwen3"], LAYOUTS[layout], batch, use_distributed_optimizer=flag)[0] for flag in (False, True)
-    )
-    assert sharded["grad_norm"] == pytest.approx(whole["grad_norm"], rel=TOLERANCE)
-    for name, value in whole["weights_after"].items():
-        np.testing.assert_allclose(sharded["weights_after"][name], value, atol=1e-6, err_msg=name)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_weights_come_back_bit_equal_from_every_layout(models: dict[str, Path], layout: dict[str, Any]):
-    for family in ("llama3_tied", "qwen3") if layout else FAMILIES:
-        config = programs.make_config(models[family], **layout)
-        sent = run_ranks(programs.round_trip, config.actor.world_size, config, 5000)[0]
-        reference = dict(oracle.load(models[family]).named_parameters())
-        assert sent.keys() == reference.keys()
-        for name, parameter in reference.items():
-            assert np.array_equal(sent[name], parameter.detach().numpy()), name
-
-
-def test_padded_query_groups_come_back_bit_equal(three_groups: Path):
-    config = programs.make_config(three_groups, tensor_parallel_size=2, pad_query_groups=True)
-    sent = run_ranks(programs.round_trip, 2, config, 5000)[0]
-    for name, parameter in oracle.load(three_groups).named_parameters():
-        assert np.array_equal(sent[name], parameter.detach().numpy()), name
+    config = programs.make_config(models["llama"], **TP2, **SP)
+    plain, with_empty = (run_ranks(train, 2, config, cuts)[0] for cuts in (batch, padded))
+    assert with_empty == plain

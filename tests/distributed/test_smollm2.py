@@ -35,16 +35,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def log_probs(rank: int, init_method: str, config: Config, batch: TrainBatch) -> list[np.ndarray] | None:
-    from dapo_megatron.actor.parallel import holds_loss
-    from dapo_megatron.actor.step import compute_log_probs
-    from dapo_megatron.actor.worker import ActorWorker
-
-    worker = ActorWorker(config, rank=rank, init_method=init_method)
-    values = compute_log_probs(worker.policy.chunks, worker.tensors(batch.optimizer_steps[0]), worker.policy.head)
-    return [value.numpy() for value in values] if holds_loss() else None
-
-
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "layout", [{"tensor_parallel_size": 2, "pad_query_groups": True}, {"pipeline_parallel_size": 2}], ids=["tp2", "pp2"]
@@ -57,7 +47,7 @@ def test_log_probs_of_a_real_model_agree_with_transformers(model: Path, layout: 
         samples.append(TrainSample((*prompt_ids, *response_ids), len(prompt_ids), (0.0,) * len(response_ids), 1.0, 1.0))
     step = OptimizerStepBatch(((tuple(samples),),), sum(sample.num_loss_tokens for sample in samples))
     config = programs.make_config(model, **layout)
-    results = run_ranks(log_probs, 2, config, TrainBatch((step,)), timeout_seconds=240)
+    results = run_ranks(programs.log_probs, 2, config, TrainBatch((step,)), timeout_seconds=240)
     (packed,) = next(values for values in results if values is not None)
     reference = oracle.load(model)
     with torch.no_grad():

@@ -55,6 +55,12 @@ def test_sound_config_has_no_problems(load):
     assert check_config(config, HF_CONFIG, frozenset()) == []
 
 
+def test_uneven_stages_have_no_problems(load):
+    uneven = load("--pipeline_parallel_size=3", "--num_layers_in_first_pipeline_stage=3", "--num_layers_in_last_pipeline_stage=1")
+    interleaved = load("--pipeline_parallel_size=2", "--num_layers_in_first_pipeline_stage=6", "--virtual_pipeline_size=2")
+    assert check_config(uneven, HF_CONFIG) == check_config(interleaved, HF_CONFIG) == []
+
+
 def test_tensor_parallel_size_must_divide_what_it_shards(load, model):
     problems = check_config(load("--actor.tensor_parallel_size=3"), HF_CONFIG)
     assert problems == [
@@ -88,6 +94,26 @@ def test_query_heads_count_as_key_value_heads_when_these_are_not_given(load):
             "actor.pipeline_parallel_size x actor.virtual_pipeline_size (12) must divide num_hidden_layers (8)",
         ),
         (["--actor.virtual_pipeline_size=2"], "needs actor.pipeline_parallel_size > 1"),
+        (
+            ["--actor.num_layers_in_last_pipeline_stage=2"],
+            "actor.num_layers_in_last_pipeline_stage (2) needs actor.pipeline_parallel_size > 1",
+        ),
+        (
+            ["--actor.pipeline_parallel_size=3", "--actor.num_layers_in_first_pipeline_stage=3"],
+            "actor.num_layers_in_first_pipeline_stage (3) must leave a positive multiple of 2, for the other stages, but 5 of",
+        ),
+        (
+            ["--pipeline_parallel_size=2", "--num_layers_in_first_pipeline_stage=3", "--num_layers_in_last_pipeline_stage=4"],
+            "must leave none: there is no other stage, but 1 of num_hidden_layers (8)",
+        ),
+        (
+            ["--pipeline_parallel_size=4", "--num_layers_in_first_pipeline_stage=3", "--num_layers_in_last_pipeline_stage=5"],
+            "but 0 of num_hidden_layers (8)",
+        ),
+        (
+            ["--pipeline_parallel_size=3", "--num_layers_in_first_pipeline_stage=2", "--virtual_pipeline_size=2"],
+            "actor.virtual_pipeline_size (2) must divide layers of each other stage (3)",
+        ),
         (["--actor.sequence_parallel=true"], "needs actor.tensor_parallel_size > 1"),
         (
             ["--train.num_prompts_per_step=8", "--train.num_updates_per_rollout=16"],
