@@ -198,5 +198,9 @@ class NumericsError(DapoMegatronError):
     """A loss or gradient is not finite; the weights of this process must not be used any more."""
 
 
+class LogProbError(DapoMegatronError):
+    """Actor and engine give the same tokens different log-probabilities, and the config asks to stop then."""
+
+
 class WorkerDiedError(DapoMegatronError):
     """A process of the run ended; the message names it and quotes its last log lines."""

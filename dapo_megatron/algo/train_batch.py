@@ -103,10 +103,20 @@ def _optimizer_step(groups: Sequence[RolloutGroup], rules: TrainBatchRules, weig
         )
         for response, loss_weight in zip(responses, loss_weights, strict=True)
     ]
+    return cut_optimizer_step(samples, rules)
+
+
+def cut_optimizer_step(samples: Sequence[TrainSample], rules: TrainBatchRules) -> OptimizerStepBatch:
+    """The samples of one optimizer step in micro-batches; what a layout decides about a batch is decided here.
+
+    Neighbours of one prompt go into a micro-batch together, as far as that balances.
+    """
     lengths = [len(sample.token_ids) for sample in samples]
+    prompts = [sample.token_ids[: sample.num_prompt_tokens].tobytes() for sample in samples]
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
     runs = runs_of_groups(
         lengths,
-        [response.group.group_id for response in responses],
+        [numbers[prompt] for prompt in prompts],
         num_ranks=rules.data_parallel_size * rules.num_micro_batches_multiple,
         max_tokens=rules.max_tokens_per_micro_batch,
     )
@@ -119,4 +129,4 @@ def _optimizer_step(groups: Sequence[RolloutGroup], rules: TrainBatchRules, weig
     micro_batches = tuple(
         tuple(tuple(samples[index] for run in micro_batch for index in runs[run]) for micro_batch in rank) for rank in packed
     )
-    return OptimizerStepBatch(micro_batches=micro_batches, num_loss_tokens=sum(num_tokens))
+    return OptimizerStepBatch(micro_batches=micro_batches, num_loss_tokens=sum(sample.num_loss_tokens for sample in samples))

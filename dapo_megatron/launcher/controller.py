@@ -29,6 +29,8 @@ from dapo_megatron.config.schema import Config
 from dapo_megatron.data.loader import PromptStream, StreamState
 from dapo_megatron.launcher.checkpoint_saver import STATE_FILE, CheckpointSaver
 from dapo_megatron.launcher.identity import RunIdentity
+from dapo_megatron.launcher.log_prob_alarm import LogProbAlarm
+from dapo_megatron.launcher.recorded_batch import record
 from dapo_megatron.launcher.run_folder import ACTOR, PhaseNote, RunFolder, read_marker, require_complete
 from dapo_megatron.rollout.sampler import RolloutBatch, Sampler, SamplerState
 from dapo_megatron.types import CheckpointError, EngineError, TrainBatch
@@ -120,6 +122,7 @@ class Controller:
         self._num_steps_done = state.num_steps if state else 0
         self._started = time.time()
         self._rules = train_batch_rules(config)
+        self._alarm = LogProbAlarm(config)
         self._saver = CheckpointSaver(actor, folder, config.checkpoint)
         self._clock = PhaseClock(config.cluster.phase_deadline_seconds, self._note_phase)
         self._recent_accuracy = deque(state.recent_accuracy if state else (), maxlen=STOP_WINDOW)
@@ -135,8 +138,11 @@ class Controller:
             rollout = await self._clock.run("rollout", self._sampler.collect(self._config.train.num_prompts_per_step))
             batch = build_train_batch(rollout.groups, self._rules, seed=self._config.run.seed + step, weight_version=step)
             row = rollout_metrics(rollout, step, self._rules)
+            if self._config.train.record_batch_of_step == step + 1:
+                record(batch, self._folder.path, step + 1)
             if batch.optimizer_steps:  # no group with signal: nothing to learn, go on
                 row |= await self._clock.run("train", self._actor.train(batch, step))
+                self._alarm.check(row, step + 1)
             row["weights/sync_bytes"] = await self._clock.run("sync", self._sync(step + 1))
             self._num_steps_done = step + 1
             done = step + 1 == last or self._accurate_enough(row)

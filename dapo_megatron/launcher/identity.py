@@ -19,7 +19,7 @@ PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "sgl
 """Packages that numbers depend on."""
 FREE = (
     *("run.dir", "run.max_restarts", "run.prepare", "model.path", "data.path"),
-    *("train.num_rollout_steps", "train.stop_at_accuracy"),
+    *("train.num_rollout_steps", "train.stop_at_accuracy", "train.record_batch_of_step"),
     *("eval", "checkpoint", "metrics", "cluster"),
 )
 """Settings that do not shape the numbers of training: paths are compared by what they hold."""

@@ -15,10 +15,11 @@ from dapo_megatron.data.loader import PromptStream
 from dapo_megatron.data.prompts import DataReport, PromptSet
 from dapo_megatron.launcher.controller import Controller, PhaseClock, read_state
 from dapo_megatron.launcher.identity import RunIdentity
+from dapo_megatron.launcher.recorded_batch import read_recorded
 from dapo_megatron.launcher.run_folder import RunFolder
 from dapo_megatron.rollout.engine import GenerateResult, SamplingParams
 from dapo_megatron.rollout.sampler import Sampler, SamplerRules
-from dapo_megatron.types import CheckpointError, EngineError, Prompt, Sample, Score, TrainBatch
+from dapo_megatron.types import CheckpointError, EngineError, LogProbError, Prompt, Sample, Score, TrainBatch
 from dapo_megatron.weights.file_digest import FileDigest
 
 
@@ -28,10 +29,11 @@ class FakeActor:
     def __init__(self) -> None:
         self.calls: list[tuple[str, Any]] = []
         self.save_error = ""
+        self.metrics: dict[str, float] = {}
 
     async def train(self, batch: TrainBatch, rollout_step: int) -> dict[str, float]:
         self.calls.append(("train", rollout_step))
-        return {"actor/num_loss_tokens": sum(step.num_loss_tokens for step in batch.optimizer_steps)}
+        return {"actor/num_loss_tokens": sum(step.num_loss_tokens for step in batch.optimizer_steps), **self.metrics}
 
     async def send_weights(self, version: int) -> AsyncIterator[str]:
         self.calls.append(("send", version))
@@ -84,10 +86,13 @@ class Scorer:
         return tuple(Score(1.0 if text in self.right else -1.0, text in self.right) for text in responses)
 
 
-def make(tmp_path: Path, *, right: set[str], **train: Any) -> tuple[Controller, FakeActor, FakeEngine, list[dict], RunFolder]:
+def make(
+    tmp_path: Path, *, right: set[str], alarm: dict[str, Any] | None = None, dtype: str = "bf16", **train: Any
+) -> tuple[Controller, FakeActor, FakeEngine, list[dict], RunFolder]:
     config = Config.model_validate(
         {
-            "model": {"path": "unused"},
+            "model": {"path": "unused", "dtype": dtype},
+            "metrics": {"log_prob_diff_alarm": alarm or {}},
             "data": {"path": "unused"},
             "run": {"dir": str(tmp_path)},
             "train": {"num_prompts_per_step": 2, "num_samples_per_prompt": 2, "num_updates_per_rollout": 1, **train},
@@ -205,3 +210,55 @@ async def test_a_phase_over_its_deadline_is_named():
     clock = PhaseClock(0.01)
     with pytest.raises(EngineError, match="phase rollout did not end"):
         await clock.run("rollout", asyncio.sleep(5))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mean", "maximum", "alarms"),
+    [("fp32", 2e-3, 1e-2, 1), ("fp32", 1e-5, 0.1, 1), ("fp32", 1e-5, 1e-3, 0), ("bf16", 0.02, 3.0, 0), ("bf16", 0.06, 0.1, 1)],
+    ids=["fp32_mean", "fp32_max", "fp32_sound", "bf16_sound", "bf16_mean"],
+)
+async def test_actor_and_engine_that_disagree_about_log_probs_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, dtype: str, mean: float, maximum: float, alarms: int
+):
+    controller, actor, _, rows, _ = make(tmp_path, right={"0"}, dtype=dtype, num_rollout_steps=1)
+    actor.metrics = {"actor/log_prob_diff_mean": mean, "actor/log_prob_diff_max": maximum}
+    await controller.run()
+    warnings = [record.message for record in caplog.records if "log_prob_diff" in record.message]
+    assert len(warnings) == alarms
+    assert all("in rollout step 1, above metrics.log_prob_diff_alarm" in text and "likely causes" in text for text in warnings)
+    assert rows[0]["actor/log_prob_diff_mean"] == mean, "the run goes on"
+
+
+@pytest.mark.parametrize("value", [0.3, float("nan")])
+async def test_a_disagreement_about_log_probs_ends_the_run_when_asked(tmp_path: Path, value: float):
+    controller, actor, _, rows, _ = make(
+        tmp_path, right={"0"}, alarm={"mean": None, "max": 0.25, "action": "stop"}, num_rollout_steps=3
+    )
+    actor.metrics = {"actor/log_prob_diff_mean": 0.2, "actor/log_prob_diff_max": value}
+    with pytest.raises(LogProbError, match=rf"log_prob_diff_max is {value} nats in rollout step 1, above .*\(0.25\)"):
+        await controller.run()
+    assert rows == [] and actor.calls[-1] == ("train", 0), "no weights of that step are sent or saved"
+
+
+async def test_the_batch_of_one_step_is_recorded_and_reads_back(tmp_path: Path):
+    controller, *_ = make(tmp_path, right={"0"}, num_rollout_steps=2, num_updates_per_rollout=2, record_batch_of_step=2)
+    await controller.run()
+    recorded = read_recorded(tmp_path)
+    assert recorded == read_recorded(tmp_path / "batches" / "step_000002.npz")
+    assert recorded.rollout_step == 2
+    assert [len(step) for step in recorded.optimizer_steps] == [2, 2]
+    for right, wrong in recorded.optimizer_steps:
+        assert (
+            right.num_prompt_tokens == 2 and right.token_ids.tolist() == [5, 6, 1] and right.rollout_log_probs.tolist() == [-0.5]
+        )
+        assert right.advantage == -wrong.advantage > 0 and right.loss_weight == 1 and right.on_policy
+
+
+@pytest.mark.parametrize("content", [None, b"not a zip"])
+def test_what_is_no_recorded_batch_is_said(tmp_path: Path, content: bytes | None):
+    file = tmp_path / "batches" / "step_000001.npz"
+    if content is not None:
+        file.parent.mkdir()
+        file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="no recorded batch"):
+        read_recorded(tmp_path)
