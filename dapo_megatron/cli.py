@@ -160,6 +160,71 @@ def evaluate(
     raise typer.Exit(run(source, files, overrides, out))
 
 
+@app.command("compare-layouts", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def compare_layouts(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="CONFIG [--PATH VALUE]", help="YAML files, then overrides.", show_default=False)
+    ],
+    a: Annotated[
+        list[str] | None, typer.Option("--a", metavar="PATH=VALUE,...", help="Overrides of side A; may be repeated.")
+    ] = None,
+    b: Annotated[
+        list[str] | None, typer.Option("--b", metavar="PATH=VALUE,...", help="Overrides of side B; may be repeated.")
+    ] = None,
+    ranks: Annotated[int | None, typer.Option("--ranks", min=1, help="actor.num_ranks of both sides.")] = None,
+    batch: Annotated[
+        Path | None,
+        typer.Option("--batch", metavar="RUN|FILE", help="Recorded with train.record_batch_of_step. Default: a random one."),
+    ] = None,
+    updates: Annotated[int, typer.Option("--updates", min=1, help="Optimizer steps, at most those of the recorded batch.")] = 2,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Samples per optimizer step.")] = 16,
+    shrink: Annotated[
+        bool | None,
+        typer.Option("--shrink/--no-shrink", help="A narrow random model of the same family. Default: where there is no GPU."),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option("--tolerance", min=0, help="Relative, for gradients and the first loss. fp32: 1e-5, bf16: 5e-2."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything, every parameter included, as JSON.")] = False,
+) -> None:
+    """Train on one batch under two layouts, with real ranks, and say whether they agree.
+
+    Compares loss, trained tokens and gradient norm of every optimizer step, each parameter's gradient in the first one, and how
+    each parameter has changed after the last. Any setting may differ between the sides, not only the layout.
+
+    **Examples**
+
+    - `dapo-megatron compare-layouts run.yaml --a actor.tensor_parallel_size=2 --b actor.pipeline_parallel_size=2`
+    - `dapo-megatron compare-layouts run.yaml --ranks 4 --a tensor_parallel_size=4 --b tensor_parallel_size=2,sequence_parallel=true`
+    - `dapo-megatron compare-layouts run.yaml --b recompute=full --batch runs/mine`
+
+    Exit code 1: they disagree. Exit code 2: a layout cannot run, or the batch cannot be read.
+    """
+    from rich.console import Console
+
+    from dapo_megatron.config.load import load_config
+    from dapo_megatron.launcher.compare_layouts import Request, compare_layouts
+    from dapo_megatron.train import prepare
+
+    files, overrides = split_arguments(arguments)
+    prepare(load_config(files, overrides))
+    request = Request(
+        files=files,
+        overrides=overrides,
+        a=a or [],
+        b=b or [],
+        num_ranks=ranks,
+        batch=batch,
+        shrink=shrink,
+        num_updates=updates,
+        num_samples=samples,
+        tolerance=tolerance,
+        as_json=as_json,
+    )
+    raise typer.Exit(compare_layouts(request, Console()))
+
+
 @app.command()
 def config(
     prefix: Annotated[str, typer.Argument(help="Only this section or path, e.g. `actor` or `actor.optimizer`.")] = "",

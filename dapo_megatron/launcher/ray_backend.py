@@ -23,6 +23,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayT
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from dapo_megatron.actor.replayed import Replay
 from dapo_megatron.config.schema import Config
 from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult
 from dapo_megatron.types import DapoMegatronError, EngineError, TrainBatch, WorkerDiedError
@@ -69,6 +70,11 @@ class RankProcess:
 
     def train(self, batch: TrainBatch, rollout_step: int) -> dict[str, float]:
         return self._worker.train(batch, rollout_step)
+
+    def replay(self, batch: TrainBatch, rollout_step: int) -> Replay | None:
+        from dapo_megatron.actor.replay import replay
+
+        return replay(self._worker, batch, rollout_step)
 
     def send_weights(self, version: int) -> Iterator[WeightBucket | WeightManifest]:
         yield from self._worker.send_weights(version)
@@ -140,6 +146,10 @@ class RayActor:
     async def train(self, batch: TrainBatch, rollout_step: int) -> dict[str, float]:
         """Metrics of the actor."""
         return (await self._on_all("train", ray.put(batch), rollout_step))[0]
+
+    async def replay(self, batch: TrainBatch, rollout_step: int) -> Replay:
+        """Train on the batch and bring back what no layout may change."""
+        return (await self._on_all("replay", ray.put(batch), rollout_step))[0]
 
     async def send_weights(self, version: int) -> AsyncIterator[Any]:
         """References to weight messages in the object store, rank 0's; the other ranks feed it."""
@@ -249,10 +259,14 @@ Ranks = Literal["training", "frozen", "none"]
 
 
 @contextmanager
-def backend(config: Config, logs: Path, ranks: Ranks = "training") -> Iterator[Backend]:
-    """Start all processes of a run or of an evaluation and, on leaving, stop them. Needs an open `ray_session`."""
+def backend(config: Config, logs: Path, ranks: Ranks = "training", *, num_engines: int | None = None) -> Iterator[Backend]:
+    """Start all processes of a run or of an evaluation and, on leaving, stop them. Needs an open `ray_session`.
+
+    `num_engines` in place of rollout.num_engines: 0 starts the actor ranks alone.
+    """
     num_ranks = 0 if ranks == "none" else config.actor.world_size
-    group, bundles = _place(config, num_ranks)
+    num_engines = config.rollout.num_engines if num_engines is None else num_engines
+    group, bundles = _place(config, num_ranks, num_engines)
     processes: list[Process] = []
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -273,7 +287,7 @@ def backend(config: Config, logs: Path, ranks: Ranks = "training") -> Iterator[B
                 _start(
                     EngineProcess, f"engine {index}", logs / f"engine_{index:03d}.log", group, bundles.of_engine(index), config
                 )
-                for index in range(config.rollout.num_engines)
+                for index in range(num_engines)
             ]
             processes += engines
             asyncio.run(_bring_up(config, actor, engines, Path(folder), logs, frozen=ranks == "frozen"))
@@ -369,9 +383,8 @@ class _Bundles:
         return {"index": bundle, "num_cpus": self.share, "num_gpus": self.share if self.gpu else 0}
 
 
-def _place(config: Config, ranks: int) -> tuple[PlacementGroup, _Bundles]:
+def _place(config: Config, ranks: int, engines: int) -> tuple[PlacementGroup, _Bundles]:
     """One bundle a rank; engines share them when colocated, else have their own."""
-    engines = config.rollout.num_engines
     split = config.cluster.placement == "split" or ranks == 0
     gpu = ray.cluster_resources().get("GPU", 0) > 0
     num_bundles = ranks + engines if split else ranks

@@ -1,0 +1,76 @@
+"""`compare-layouts` from the command line: real Ray, real ranks, a model of which only config.json exists."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dapo_megatron.launcher.recorded_batch import record
+from dapo_megatron.types import OptimizerStepBatch, TrainBatch, TrainSample
+
+QWEN3_8B = {
+    "model_type": "qwen3",
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "hidden_act": "silu",
+    "rope_theta": 1000000,
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compare")
+    (folder / "config.json").write_text(json.dumps(QWEN3_8B))
+    file = folder / "run.yaml"
+    file.write_text(f"model: {{path: {folder}}}\ndata: {{path: unused}}\nrun: {{dir: {folder / 'run'}}}\n")
+    return file
+
+
+def compare(config: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
+    done = subprocess.run(
+        [sys.executable, "-m", "dapo_megatron", "compare-layouts", str(config), "--json", "--shrink", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode in (0, 1) and done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout)
+
+
+@pytest.mark.timeout(240)
+def test_tensor_and_pipeline_parallel_ranks_agree(config: Path):
+    code, report = compare(config, "--a", "actor.tensor_parallel_size=2", "--b", "actor.pipeline_parallel_size=2")
+    assert code == 0 and report["agree"] and report["disagreements"] == []
+    assert report["layouts"]["A"]["tensor_parallel_size"] == report["layouts"]["B"]["pipeline_parallel_size"] == 2
+    assert len(report["updates"]) == 2
+    assert all(side["grad_norm"] > 0 for update in report["updates"] for side in update.values())
+    names = {parameter["name"] for parameter in report["parameters"]}
+    assert len(names) == len(report["parameters"]) and "model.layers.1.self_attn.k_norm.weight" in names
+    assert max(parameter["gradient"] for parameter in report["parameters"]) > 0, "the sums are in another order"
+
+
+@pytest.mark.timeout(240)
+def test_another_clip_ratio_on_a_recorded_batch_disagrees(config: Path, tmp_path: Path):
+    rng = np.random.default_rng(0)
+    samples = tuple(
+        TrainSample(rng.integers(0, 151936, 9, np.int32), 3, np.full(6, -5.0, np.float32), advantage, 1.0, on_policy=False)
+        for advantage in (1.0, -1.0, 0.5, -0.5)
+    )
+    record(TrainBatch((OptimizerStepBatch(((samples,),), 24),)), tmp_path, rollout_step=7)
+    code, report = compare(config, "--b", "algo.clip_ratio_low=0.05", "--batch", str(tmp_path))
+    assert code == 1 and not report["agree"]
+    assert report["updates"][0]["A"]["num_loss_tokens"] == report["updates"][0]["B"]["num_loss_tokens"] == 24
+    assert any(text.startswith("gradient of ") for text in report["disagreements"])
