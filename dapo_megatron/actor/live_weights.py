@@ -41,7 +41,7 @@ def live_boxes(modules: Sequence[GPTModel]) -> list[LiveBox]:
             is_main_replica(tensor.replica_id),
         )
         for module in modules
-        for value in module.sharded_state_dict(metadata=dict(SHARDING)).values()
+        for value in module.sharded_state_dict(metadata=dict(SHARDING)).values()  # a copy: it gets a process group added
         for tensor in _tensors(value)
     ]
 

@@ -194,8 +194,10 @@ def _put(tree: dict[str, Any], path: str, value: Any) -> None:
 
 def _validation_problems(error: ValidationError) -> Iterator[str]:
     meanings = {field.path: field.meaning for field in config_fields()}
+    rules: dict[str, list[str]] = {}  # several when a field takes one of several types
+    values: dict[str, str] = {}
     for fault in error.errors(include_url=False):
-        path = ".".join(str(part) for part in fault["loc"])
+        path = _field_path([str(part) for part in fault["loc"]], meanings)
         if fault["type"] == "extra_forbidden":
             yield _unknown_key(path)
         elif fault["type"] == "missing":
@@ -203,8 +205,17 @@ def _validation_problems(error: ValidationError) -> Iterator[str]:
         else:
             template = _RULES.get(fault["type"])
             rule = template.format(**fault.get("ctx", {})).replace("'", "") if template else f"be valid: {fault['msg']}"
-            meaning = f" Meaning: {meanings[path]}" if meanings.get(path) else ""
-            yield f"{path} ({json.dumps(fault['input'])}) must {rule}.{meaning}"
+            rules.setdefault(path, []).append(rule)
+            values[path] = json.dumps(fault["input"])
+    for path, alternatives in rules.items():
+        meaning = f" Meaning: {meanings[path]}" if meanings.get(path) else ""
+        yield f"{path} ({values[path]}) must {either(alternatives)}.{meaning}"
+
+
+def _field_path(parts: Sequence[str], known: Mapping[str, object]) -> str:
+    """Where the fault is; pydantic appends the alternatives of a field with several types."""
+    paths = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    return next((path for path in paths if path in known), paths[0])
 
 
 def _example(path: str) -> str:

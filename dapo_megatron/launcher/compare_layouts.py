@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -239,8 +240,13 @@ def _as_dict(
     return {
         "agree": not disagreements,
         "disagreements": disagreements,
-        "tolerance": {name: value if math.isfinite(value) else None for name, value in asdict(tolerance).items()},
+        "tolerance": _finite(asdict(tolerance)),
         "layouts": {name: config.actor.model_dump(mode="json") for name, config in configs.items()},
-        "updates": [{"A": asdict(a), "B": asdict(b)} for a, b in comparison.updates],
-        "parameters": [asdict(tensor) for tensor in comparison.tensors],
+        "updates": [{"A": _finite(asdict(a)), "B": _finite(asdict(b))} for a, b in comparison.updates],
+        "parameters": [_finite(asdict(tensor)) for tensor in comparison.tensors],
     }
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity: null."""
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}

@@ -130,6 +130,11 @@ def test_values_are_not_coerced_silently(override, rule):
     assert problem.startswith(rule)
 
 
+def test_a_value_of_several_types_has_one_sentence():
+    (problem,) = problems_of([], [*REQUIRED, "--log_prob_diff_alarm.mean=-1"])
+    assert problem.startswith("metrics.log_prob_diff_alarm.mean (-1) must be auto or be greater than 0. Meaning: Alarm above")
+
+
 def test_override_followed_by_another_lacks_its_value():
     assert problems_of([], [*REQUIRED, "--checkpoint.resume", "--run.seed", "3"]) == [
         "--checkpoint.resume needs a value; write --checkpoint.resume VALUE (true or false for a switch)."
