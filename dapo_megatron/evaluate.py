@@ -6,6 +6,8 @@ import asyncio
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,7 @@ from dapo_megatron.eval.summary import summarize
 from dapo_megatron.launcher.policy_source import PolicySource, find_policy
 from dapo_megatron.rewards.workers import RewardWorkers
 from dapo_megatron.train import commit, load_tokenizer, prepare, print_data_report, stop_token_ids, versions
-from dapo_megatron.types import ConfigError, DataError, EngineError, Prompt
+from dapo_megatron.types import ConfigError, DataError, Prompt
 
 if TYPE_CHECKING:
     from dapo_megatron.eval.measure import Protocol
@@ -53,17 +55,16 @@ def run(path: Path, files: Sequence[Path], overrides: Sequence[str], out: Path |
     }
     with EvaluationFolder(out, settings_of(source, config, problems, protocol), about) as folder:
         missing = {number: prompt for number, prompt in enumerate(problems.prompts) if number not in folder.num_correct}
-        console.print(
-            f"{source.path} (weights of version {source.weight_version}): {len(problems.prompts)} problems x {protocol.num_samples} samples, "
-            f"temperature {protocol.params.temperature:g}, top-p {protocol.params.top_p:g}, at most "
-            f"{protocol.params.max_response_tokens} tokens"
-            + (f"; {len(folder.num_correct)} problems are done" if folder.num_correct else ""),
-            highlight=False,
-            soft_wrap=True,
+        params, num_done = protocol.params, len(folder.num_correct)
+        _print(
+            console,
+            f"{source.path} (weights of version {source.weight_version}): {len(problems.prompts)} problems x {protocol.num_samples} "
+            f"samples, temperature {params.temperature:g}, top-p {params.top_p:g}, at most {params.max_response_tokens} tokens"
+            + (f"; {num_done} problems are done" if num_done else ""),
         )
         if missing:
-            _measure_missing(source, config, missing, protocol, folder, console)
-        summary = summarize(sorted(folder.records(), key=lambda record: record.problem))
+            _Measurement(source, config, protocol, missing, folder, console).run()
+        summary = summarize(folder.records())
         places = {"summary": folder.write_summary(summary.to_dict()), "responses": out / PROBLEMS}
         print_summary(summary, f"{source.path} on {config.eval.path}: {summary.num_problems} problems", places, console)
     return 0
@@ -119,72 +120,62 @@ def settings_of(source: PolicySource, config: Config, problems: PromptSet, proto
     }
 
 
-def _measure_missing(
-    source: PolicySource,
-    config: Config,
-    missing: Mapping[int, Prompt],
-    protocol: Protocol,
-    folder: EvaluationFolder,
-    console: Console,
-) -> None:
-    from dapo_megatron.launcher.ray_backend import backend, ray_session
+@dataclass(frozen=True, slots=True)
+class _Measurement:
+    """What is left of an evaluation: `missing` problems by number."""
 
-    console.print(
-        (f"starting {config.actor.world_size} actor ranks and " if source.run else "starting ")
-        + f"{config.rollout.num_engines} engines",
-        highlight=False,
-        soft_wrap=True,
-    )
-    num_problems = len(missing) + len(folder.num_correct)
-    try:
-        with (
-            ray_session(config),
-            EvaluationProgress(num_problems, protocol.num_samples, folder.num_correct, console) as progress,
-            backend(config, folder.logs, "frozen" if source.run else "none") as processes,
-        ):
-            asyncio.run(_drive(source, config, processes, missing, protocol, folder, progress))
-    except BaseException:
-        console.print(
-            f"{len(folder.num_correct)} of {num_problems} problems are kept in {folder.path}; the same command goes on from there.",
-            style="yellow",
-            highlight=False,
-            soft_wrap=True,
-        )
-        raise
+    source: PolicySource
+    config: Config
+    protocol: Protocol
+    missing: Mapping[int, Prompt]
+    folder: EvaluationFolder
+    console: Console
 
+    def run(self) -> None:
+        """Start the processes, measure, stop them. Whatever ends it early, the problems so far are kept."""
+        from dapo_megatron.launcher.ray_backend import backend, ray_session
 
-async def _drive(
-    source: PolicySource,
-    config: Config,
-    processes: Backend,
-    missing: Mapping[int, Prompt],
-    protocol: Protocol,
-    folder: EvaluationFolder,
-    progress: EvaluationProgress,
-) -> None:
-    from dapo_megatron.eval.measure import measure
-    from dapo_megatron.launcher.controller import PhaseClock, sync_weights
+        config, num_problems = self.config, len(self.missing) + len(self.folder.num_correct)
+        ranks = f"{config.actor.world_size} actor ranks and " if self.source.run else ""
+        _print(self.console, f"starting {ranks}{config.rollout.num_engines} engines")
+        try:
+            with closing(RewardWorkers(config.reward)) as scorer:
+                asyncio.run(scorer.wait_ready())  # a wrong reward.function ends it before anything else is started
+                with (
+                    ray_session(config),
+                    EvaluationProgress(
+                        num_problems, self.protocol.num_samples, self.folder.num_correct, self.console
+                    ) as progress,
+                    backend(config, self.folder.logs, "frozen" if self.source.run else "none") as processes,
+                ):
+                    asyncio.run(self._drive(processes, scorer, progress))
+        except BaseException:
+            done = len(self.folder.num_correct)
+            _print(
+                self.console,
+                f"{done} of {num_problems} problems are kept in {self.folder.path}; the same command goes on from there.",
+                style="yellow",
+            )
+            raise
 
-    deadline = config.cluster.phase_deadline_seconds
-    async with RewardWorkers(config.reward) as scorer:
-        await scorer.wait_ready()
+    async def _drive(self, processes: Backend, scorer: RewardWorkers, progress: EvaluationProgress) -> None:
+        from dapo_megatron.eval.measure import measure
+        from dapo_megatron.launcher.controller import PhaseClock, sync_weights
+
+        source, deadline = self.source, self.config.cluster.phase_deadline_seconds
         if source.run is not None:
             clock = PhaseClock(deadline)
             await clock.run("load", processes.actor.load_weights(source.actor_directory(), source.weight_digests()))
             await clock.run("sync", sync_weights(processes.actor, processes.engines, source.weight_version))
             processes.actor.stop()
+
+        def take(record: ProblemRecord) -> None:
+            self.folder.add(record)
+            progress.add(record)
+
         progress.generating()
-        try:
-            async with asyncio.timeout(deadline) as limit:
+        await measure(processes.engines, scorer, self.missing, self.protocol, take, stall_seconds=deadline)
 
-                def take(record: ProblemRecord) -> None:
-                    limit.reschedule(asyncio.get_running_loop().time() + deadline)
-                    folder.add(record)
-                    progress.add(record)
 
-                await measure(processes.engines, scorer, missing, protocol, take)
-        except TimeoutError:
-            raise EngineError(
-                f"no problem was finished within cluster.phase_deadline_seconds ({deadline:.0f}); look at the logs in {folder.logs}, "
-                "or raise the deadline"
-            ) from None
+def _print(console: Console, text: str, style: str | None = None) -> None:
+    console.print(text, style=style, highlight=False, soft_wrap=True, markup=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,7 +11,7 @@ from dapo_megatron.eval.records import ProblemRecord
 from dapo_megatron.eval.summary import summarize
 from dapo_megatron.rollout.engine import Generator, SamplingParams
 from dapo_megatron.rollout.groups import Scorer, for_each_group
-from dapo_megatron.types import Prompt
+from dapo_megatron.types import EngineError, Prompt, RolloutGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,22 +41,33 @@ async def measure(
     problems: Mapping[int, Prompt],
     protocol: Protocol,
     take: Callable[[ProblemRecord], None],
+    *,
+    stall_seconds: float | None = None,
 ) -> None:
     """Calls `take` with the record of each problem (number -> prompt) as soon as it is scored.
 
     What is drawn for a problem depends on its number, the protocol and the weights, not on which others are asked for. Raises
-    EngineError when the engines hold different weight versions or answer with another than they report.
+    EngineError when an engine answers with another weight version than it reports, or when for `stall_seconds` no problem is finished.
     """
     version = engines[0].weight_version
-    await for_each_group(
-        engines,
-        scorer,
-        problems,
-        protocol.num_samples,
-        protocol.params,
-        protocol.seed,
-        lambda group: take(ProblemRecord.of(group, version)),
-    )
+    clock = asyncio.get_running_loop().time
+
+    def take_group(group: RolloutGroup) -> None:
+        take(ProblemRecord.of(group, version))
+        if stall_seconds is not None:
+            limit.reschedule(clock() + stall_seconds)
+
+    limit = asyncio.timeout(stall_seconds)
+    try:
+        async with limit:
+            await for_each_group(engines, scorer, problems, protocol.num_samples, protocol.params, protocol.seed, take_group)
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise EngineError(
+            f"no problem was finished within cluster.phase_deadline_seconds ({stall_seconds:g}); look at the logs of the engines, or "
+            "raise the deadline"
+        ) from None
 
 
 async def held_out_metrics(
@@ -72,7 +84,7 @@ async def held_out_metrics(
             replace(record, prompt="", responses=tuple(replace(response, text="") for response in record.responses))
         ),
     )
-    summary = summarize(sorted(records, key=lambda record: record.problem))
+    summary = summarize(records)
     metrics = {
         "eval/accuracy": summary.avg.value,
         "eval/accuracy_standard_error": summary.avg.standard_error,

@@ -63,9 +63,6 @@ def test_a_killed_evaluation_goes_on_and_finds_what_the_run_found(folder: Path, 
     before = lines(out / "problems.jsonl")
     assert 3 <= len(before) < 20 and not (out / "summary.json").exists()
 
-    refused = run(folder, "evaluate", "run", "--temperature", "0.6")
-    assert refused.returncode == 2 and "eval.temperature is 0.6, but the evaluation in" in refused.stderr
-
     done = run(folder, "evaluate", "run", "--actor.tensor_parallel_size", "1")
     assert done.returncode == 0, done.stderr
     assert f"{len(before)} problems are done" in done.stdout and "20/20 problems" in done.stdout
@@ -84,9 +81,6 @@ def test_a_killed_evaluation_goes_on_and_finds_what_the_run_found(folder: Path, 
     assert summary["response_length_mean_tokens"] == pytest.approx(row["eval/response_length_tokens"])
     assert summary["truncated_fraction"] == pytest.approx(row["eval/truncated_fraction"])
     assert "pass_at_32" in summary and summary["settings"]["weight_version"] == 2
-
-    again = run(folder, "evaluate", "run")
-    assert again.returncode == 0 and "starting" not in again.stdout and "avg@48" in again.stdout
 
 
 def test_an_hf_directory_is_read_by_the_engines_themselves(folder: Path):

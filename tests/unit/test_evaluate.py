@@ -11,11 +11,14 @@ from dapo_megatron import cli
 from dapo_megatron.config.load import load_config
 from dapo_megatron.config.schema import Config
 from dapo_megatron.data.prompts import load_prompts
+from dapo_megatron.eval.records import ProblemRecord, ResponseRecord
 from dapo_megatron.examples import max_of_two
 from dapo_megatron.launcher.policy_source import PolicySource, find_policy
 from dapo_megatron.launcher.run_folder import RunFolder
 from dapo_megatron.types import ConfigError, DataError
 
+SHAPE = ("--data.chat_template=false", "--data.max_prompt_tokens=8", "--eval.max_response_tokens=2")
+"""What fits the quick start's model."""
 AIME = Path(__file__).parents[2] / "configs" / "aime2024.yaml"
 REAL_AIME = Path(__file__).parents[3] / "shared" / "data" / "aime2024.jsonl"
 
@@ -32,8 +35,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> PolicySource:
 def problems_of(source: PolicySource, *overrides: str, files: tuple[Path, ...] = ()):
     from dapo_megatron.evaluate import check, evaluation_config
 
-    shape = ("--data.chat_template=false", "--data.max_prompt_tokens=8", "--eval.max_response_tokens=2")
-    return check(source, evaluation_config(source, files, [*shape, *overrides]))
+    return check(source, evaluation_config(source, files, [*SHAPE, *overrides]))
 
 
 def held_out(source: PolicySource) -> str:
@@ -42,6 +44,40 @@ def held_out(source: PolicySource) -> str:
 
 def test_sound_input_gives_the_problems(source):
     assert len(problems_of(source, held_out(source)).prompts) == 20
+
+
+def answer_all(measurement, *, but_last: int = 0) -> None:
+    """In place of the processes: the missing problems, each answered right once and wrong once."""
+    right, wrong = (ResponseRecord(text, text == "r", 0.0, text, 1, "stop", None) for text in "rw")
+    for number, prompt in list(measurement.missing.items())[: len(measurement.missing) - but_last]:
+        record = ProblemRecord(number, prompt.index, 0, prompt.text, prompt.answer, 1, (right, wrong))
+        measurement.folder.add(record)
+
+
+def test_an_evaluation_goes_on_with_what_is_missing_and_ends_when_nothing_is(source, tmp_path, monkeypatch, capsys):
+    from dapo_megatron import evaluate
+
+    asked: list[list[int]] = []
+
+    def measure(but_last: int):
+        def run(measurement) -> None:
+            asked.append(list(measurement.missing))
+            answer_all(measurement, but_last=but_last)
+
+        return run
+
+    line = [*SHAPE, held_out(source), "--eval.num_samples=2"]
+    monkeypatch.setattr(evaluate._Measurement, "run", measure(but_last=3))
+    evaluate.run(source.path, [], line, tmp_path)
+    monkeypatch.setattr(evaluate._Measurement, "run", measure(but_last=0))
+    assert evaluate.run(source.path, [], line, tmp_path) == 0
+    assert asked == [list(range(20)), [17, 18, 19]]
+    assert "17 problems are done" in capsys.readouterr().out
+    assert evaluate.run(source.path, [], line, tmp_path) == 0
+    assert len(asked) == 2 and "avg@2" in capsys.readouterr().out
+    assert json.loads((tmp_path / "summary.json").read_text())["avg_at_2"]["value"] == 0.5
+    with pytest.raises(ConfigError, match=r"eval\.top_p is 0\.5, but the evaluation in .* has 0\.7"):
+        evaluate.run(source.path, [], [*line, "--eval.top_p=0.5"], tmp_path)
 
 
 @pytest.mark.parametrize(
