@@ -40,6 +40,11 @@ def destroy() -> None:
     dist.destroy_process_group()
 
 
+def data_parallel_rank() -> int:
+    """Which share of a batch this rank trains on."""
+    return parallel_state.get_data_parallel_rank()
+
+
 def holds_loss() -> bool:
     """True on one rank per data-parallel copy: last pipeline stage, first tensor-parallel rank."""
     return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from megatron.core import parallel_state
 
 from dapo_megatron.actor import canary, checkpoint, parallel
 from dapo_megatron.actor.checkpoint import BackgroundSave
@@ -64,6 +63,7 @@ class ActorWorker:
     def train(self, batch: TrainBatch, rollout_step: int) -> dict[str, float]:
         """Old log-probs, then one optimizer step per entry of the batch. Returns the actor's metrics, equal on all ranks.
 
+        Of the batch only the micro-batches of this rank's data-parallel rank are looked at (`TrainBatch.share`).
         Raises NumericsError when a gradient norm is not finite; the weights are spoiled then.
         """
         updates = self.updates(batch, rollout_step)
@@ -133,7 +133,6 @@ class ActorWorker:
         parallel.destroy()
 
     def tensors(self, step: OptimizerStepBatch) -> list[MicroBatchTensors]:
-        rank = parallel_state.get_data_parallel_rank()
         return [
             to_tensors(
                 samples,
@@ -141,7 +140,7 @@ class ActorWorker:
                 implementation=self.policy.implementation,
                 pad_to_multiple=self.policy.pack_multiple,
             )
-            for samples in step.micro_batches[rank]
+            for samples in step.micro_batches[parallel.data_parallel_rank()]
         ]
 
     def _old_log_probs(self, steps: Sequence[Sequence[MicroBatchTensors]]) -> list[list[torch.Tensor] | None]:

@@ -59,14 +59,17 @@ class RankProcess:
             probe.bind(("", 0))
             return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
-    def start(self, init_method: str, frozen: bool) -> None:
+    def start(self, init_method: str, frozen: bool) -> int:
+        """Join the other ranks. Returns this rank's data-parallel rank."""
         if init_method.startswith("file:"):  # all ranks on this machine: nothing leaves the loopback interface
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        from dapo_megatron.actor import parallel
         from dapo_megatron.actor.frozen import FrozenActor
         from dapo_megatron.actor.worker import ActorWorker
 
         worker: Any = FrozenActor if frozen else ActorWorker
         self._worker = worker(self._config, rank=self._rank, init_method=init_method)
+        return parallel.data_parallel_rank()
 
     def train(self, batch: TrainBatch, rollout_step: int) -> dict[str, float]:
         return self._worker.train(batch, rollout_step)
@@ -140,12 +143,15 @@ class Process:
 class RayActor:
     """All actor ranks as one handle; every call runs on all of them."""
 
-    def __init__(self, processes: Sequence[Process]):
-        self.processes = tuple(processes)
+    def __init__(self, processes: Sequence[Process], data_parallel_ranks: Sequence[int]):
+        """`data_parallel_ranks[i]` is the one of `processes[i]`."""
+        self.processes, self._data_parallel_ranks = tuple(processes), tuple(data_parallel_ranks)
 
     async def train(self, batch: TrainBatch, rollout_step: int) -> dict[str, float]:
-        """Metrics of the actor."""
-        return (await self._on_all("train", ray.put(batch), rollout_step))[0]
+        """Metrics of the actor. Each rank is sent the share of its data-parallel rank, which is put into the object store once."""
+        shares = {dp_rank: ray.put(batch.share(dp_rank)) for dp_rank in sorted(set(self._data_parallel_ranks))}
+        args = [(shares[dp_rank], rollout_step) for dp_rank in self._data_parallel_ranks]
+        return (await call_each(self.processes, "train", args))[0]
 
     async def replay(self, batch: TrainBatch, rollout_step: int) -> Replay:
         """Train on the batch and bring back what no layout may change."""
@@ -290,8 +296,8 @@ def backend(config: Config, logs: Path, ranks: Ranks = "training", *, num_engine
                 for index in range(num_engines)
             ]
             processes += engines
-            asyncio.run(_bring_up(config, actor, engines, Path(folder), logs, frozen=ranks == "frozen"))
-        yield Backend(RayActor(actor), tuple(RayEngine(process) for process in engines))
+            data_parallel_ranks = asyncio.run(_bring_up(config, actor, engines, Path(folder), logs, frozen=ranks == "frozen"))
+        yield Backend(RayActor(actor, data_parallel_ranks), tuple(RayEngine(process) for process in engines))
     finally:
         for process in processes:
             ray.kill(process.handle)
@@ -300,8 +306,8 @@ def backend(config: Config, logs: Path, ranks: Ranks = "training", *, num_engine
 
 async def _bring_up(
     config: Config, ranks: Sequence[Process], engines: Sequence[Process], folder: Path, logs: Path, *, frozen: bool
-) -> None:
-    """Ranks meet and load the model; engines load it meanwhile."""
+) -> list[int]:
+    """Ranks meet and load the model; engines load it meanwhile. Returns the data-parallel rank of each rank."""
     deadline = config.cluster.startup_deadline_seconds
     try:
         async with asyncio.timeout(deadline):
@@ -309,7 +315,8 @@ async def _bring_up(
                 init_method = f"file://{folder / 'rendezvous'}"
             else:
                 init_method = await _call(ranks[0], ranks[0].handle.rendezvous.remote())
-            await asyncio.gather(call_all(ranks, "start", init_method, frozen), call_all(engines, "pid"))
+            up: list[list[int]] = await asyncio.gather(call_all(ranks, "start", init_method, frozen), call_all(engines, "pid"))
+            return up[0]
     except TimeoutError:
         raise EngineError(
             f"ranks and engines did not come up within cluster.startup_deadline_seconds ({deadline:.0f}); see {logs}"
@@ -318,7 +325,15 @@ async def _bring_up(
 
 async def call_all(processes: Sequence[Process], method: str, *args: Any) -> list[Any]:
     """Call a method on all processes at once; results in their order. Fails with the process that died, else the first error."""
-    tasks = [asyncio.ensure_future(_call(process, getattr(process.handle, method).remote(*args))) for process in processes]
+    return await call_each(processes, method, [args] * len(processes))
+
+
+async def call_each(processes: Sequence[Process], method: str, args_of_each: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """`call_all` with arguments of its own for each process."""
+    tasks = [
+        asyncio.ensure_future(_call(process, getattr(process.handle, method).remote(*args)))
+        for process, args in zip(processes, args_of_each, strict=True)
+    ]
     return await _first_failure(tasks)
 
 

@@ -30,13 +30,15 @@ def load_and_replay(
 ) -> tuple[dict[str, np.ndarray] | None, Replay | None]:
     """On rank 0: the HF tensors as they come back from the ranks that loaded them, and what training on the batch gives."""
     from dapo_megatron.actor.live_weights import live_boxes
+    from dapo_megatron.actor.parallel import data_parallel_rank
     from dapo_megatron.actor.replay import replay
     from dapo_megatron.actor.weight_sender import WeightSender
     from dapo_megatron.actor.worker import ActorWorker
 
     worker = ActorWorker(config, rank=rank, init_method=init_method)
     sender = WeightSender(worker.mapping, live_boxes(worker.policy.modules), bucket_bytes=5000)
-    return received(worker.mapping, list(sender.send(1))), replay(worker, batch, rollout_step=0)
+    share = batch.share(data_parallel_rank())
+    return received(worker.mapping, list(sender.send(1))), replay(worker, share, rollout_step=0)
 
 
 def log_probs(rank: int, init_method: str, config: Config, batch: TrainBatch) -> list[np.ndarray] | None:
