@@ -61,12 +61,13 @@ def problems(num_problems: int, num_responses: int, num_chars: int, num_hostile:
                 ending = rng.choice(rng.choice((_STOPPED_BY_BOUNDS, _STOPPED_BY_DEADLINE)))
             else:
                 ending = _ending(truth if rng.random() < 0.7 else truth + rng.randrange(1, 9), is_expression, rng)
-            responses.append(_reasoning(num_chars - len(ending), rng) + ending)
+            responses.append(reasoning(num_chars - len(ending), rng) + ending)
         made.append(Problem(_latex(truth), tuple(responses)))
     return made
 
 
-def _reasoning(num_chars: int, rng: random.Random) -> str:
+def reasoning(num_chars: int, rng: random.Random) -> str:
+    """Text such as a policy writes on its way to an answer."""
     parts: list[str] = []
     length = 0
     while length < num_chars:

@@ -143,6 +143,7 @@ class Controller:
             if batch.optimizer_steps:  # no group with signal: nothing to learn, go on
                 row |= await self._clock.run("train", self._actor.train(batch, step))
                 self._alarm.check(row, step + 1)
+            del rollout, batch  # else two steps' tokens are in memory while the next ones are generated
             row["weights/sync_bytes"] = await self._clock.run("sync", self._sync(step + 1))
             self._num_steps_done = step + 1
             done = step + 1 == last or self._accurate_enough(row)
