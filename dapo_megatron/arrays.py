@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler
     from pydantic_core import CoreSchema
 
-_ZLIB_LEVEL = 1
-
 
 @dataclass(frozen=True, slots=True)
 class Column:
     """The dtype of a record's array, and how pydantic writes and reads it: base64 of the zlib-packed little-endian elements."""
 
     dtype: str
+    zlib_level: int
+    """0 stores, for what does not shrink."""
 
     def array(self, values: Any) -> NDArray[Any]:
         """`values` as a read-only array [T]; nothing is copied when the dtype is right. ValueError for any other shape."""
@@ -39,7 +39,7 @@ class Column:
 
     def dump(self, array: NDArray[Any]) -> str:
         """Text that `load` turns into the same bits."""
-        return base64.b64encode(zlib.compress(array.astype(self.dtype, copy=False).tobytes(), _ZLIB_LEVEL)).decode()
+        return base64.b64encode(zlib.compress(array.astype(self.dtype, copy=False).tobytes(), self.zlib_level)).decode()
 
     def load(self, text: Any) -> NDArray[Any]:
         """What `dump` wrote; an array stays as it is. ValueError for any other input."""
@@ -60,8 +60,8 @@ class Column:
         )
 
 
-INT32 = Column("<i4")
-FLOAT32 = Column("<f4")
+INT32 = Column("<i4", zlib_level=1)
+FLOAT32 = Column("<f4", zlib_level=0)
 
 if TYPE_CHECKING:
     Int32Array = Annotated[NDArray[np.int32], INT32]
