@@ -79,15 +79,20 @@ class VerifierServer:
         """Fork a scorer, after waiting for the reward function to be loaded. Raises RewardError when it cannot be."""
         with self._lock:
             self._wait_until_loaded()
+            with contextlib.suppress(*_GONE):
+                return self._fork()
+            if self._killed:
+                raise RewardError("The reward workers are closed.")
+            self._collect()  # it ended since the last call, from outside
+            self._launch()
+            self._wait_until_loaded()
             try:
                 return self._fork()
-            except _GONE:  # ended since the last call: by `kill`, or from outside
-                if self._killed:
-                    raise RewardError("The reward workers are closed.") from None
-                self._collect()
-                self._launch()
-                self._wait_until_loaded()
-                return self._fork()
+            except _GONE as error:
+                raise RewardError(
+                    f"The verifier process ended twice while it forked a scorer, with code {self._process.wait()}; see its messages on "
+                    "standard error, and the limits on processes and memory of this machine."
+                ) from error
 
     def end_scorer(self, scorer: Scorer) -> int:
         """Kill a scorer and what it started; its exit code."""
