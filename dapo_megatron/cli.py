@@ -199,7 +199,7 @@ def compare_layouts(
     - `dapo-megatron compare-layouts run.yaml --ranks 4 --a tensor_parallel_size=4 --b tensor_parallel_size=2,sequence_parallel=true`
     - `dapo-megatron compare-layouts run.yaml --b recompute=full --batch runs/mine`
 
-    Exit code 1: they disagree. Exit code 2: a layout cannot run, or the batch cannot be read.
+    Exit code 1: they disagree, or a rank died and is named. Exit code 2: a layout cannot run, or the batch cannot be read.
     """
     from rich.console import Console
 

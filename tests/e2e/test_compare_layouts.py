@@ -70,7 +70,7 @@ def test_another_clip_ratio_on_a_recorded_batch_disagrees(config: Path, tmp_path
         for advantage in (1.0, -1.0, 0.5, -0.5)
     )
     record(TrainBatch((OptimizerStepBatch(((samples,),), 24),)), tmp_path, rollout_step=7)
-    code, report = compare(config, "--b", "algo.clip_ratio_low=0.05", "--batch", str(tmp_path))
+    code, report = compare(config, "--b", "algo.clip_ratio_low=0.9,clip_ratio_high=9", "--batch", str(tmp_path))
     assert code == 1 and not report["agree"]
     assert report["updates"][0]["A"]["num_loss_tokens"] == report["updates"][0]["B"]["num_loss_tokens"] == 24
     assert any(text.startswith("gradient of ") for text in report["disagreements"])
