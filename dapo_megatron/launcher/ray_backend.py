@@ -148,14 +148,12 @@ class RayActor:
         self.processes, self._data_parallel_ranks = tuple(processes), tuple(data_parallel_ranks)
 
     async def train(self, batch: TrainBatch, rollout_step: int) -> dict[str, float]:
-        """Metrics of the actor. Each rank is sent the share of its data-parallel rank, which is put into the object store once."""
-        shares = {dp_rank: ray.put(batch.share(dp_rank)) for dp_rank in sorted(set(self._data_parallel_ranks))}
-        args = [(shares[dp_rank], rollout_step) for dp_rank in self._data_parallel_ranks]
-        return (await call_each(self.processes, "train", args))[0]
+        """Metrics of the actor."""
+        return (await self._on_shares("train", batch, rollout_step))[0]
 
     async def replay(self, batch: TrainBatch, rollout_step: int) -> Replay:
         """Train on the batch and bring back what no layout may change."""
-        return (await self._on_all("replay", ray.put(batch), rollout_step))[0]
+        return (await self._on_shares("replay", batch, rollout_step))[0]
 
     async def send_weights(self, version: int) -> AsyncIterator[Any]:
         """References to weight messages in the object store, rank 0's; the other ranks feed it."""
@@ -201,6 +199,12 @@ class RayActor:
         for process in self.processes:
             ray.kill(process.handle)
         self.processes = ()
+
+    async def _on_shares(self, method: str, batch: TrainBatch, rollout_step: int) -> list[Any]:
+        """Each rank is sent the share of its data-parallel rank, which is put into the object store once."""
+        shares = {dp_rank: ray.put(batch.share(dp_rank)) for dp_rank in sorted(set(self._data_parallel_ranks))}
+        args = [(shares[dp_rank], rollout_step) for dp_rank in self._data_parallel_ranks]
+        return await call_each(self.processes, method, args)
 
     async def _on_all(self, method: str, *args: Any) -> list[Any]:
         return await call_all(self.processes, method, *args)
