@@ -225,9 +225,10 @@ def _print(
     console.print(table)
     for disagreement in disagreements:
         console.print(disagreement, style="red", markup=False, highlight=False, soft_wrap=True)
+    later = f"{tolerance.after_adam:.0e} after it" if math.isfinite(tolerance.after_adam) else "nothing judged after it"
     console.print(
         f"{'DISAGREE' if disagreements else 'agree'}: tolerance {tolerance.direct:.0e} for loss, norm and gradients of the first "
-        f"update, {tolerance.after_adam:.0e} after it",
+        f"update, {later}",
         style="bold red" if disagreements else "bold green",
         highlight=False,
         soft_wrap=True,
