@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,9 @@ def load_weights(modules: Sequence[GPTModel], directory: Path) -> None:
 
 def _read(wanted: dict[str, Any], directory: Path) -> dict[str, Any]:
     try:
-        return dist_checkpointing.load(wanted, str(directory))
+        with warnings.catch_warnings():  # the common state is read by each rank alone, which torch finds remarkable
+            warnings.simplefilter("ignore", UserWarning)
+            return dist_checkpointing.load(wanted, str(directory))
     except CheckpointingException as error:
         raise CheckpointError(f"{directory} does not fit this model: {error}") from error
 

@@ -438,3 +438,4 @@ def _write_output_to(log_file: Path) -> None:
     os.dup2(descriptor, 2)
     os.close(descriptor)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", force=True)
+    logging.getLogger("megatron").setLevel(logging.WARNING)  # its settings fill the lines quoted when a rank dies
