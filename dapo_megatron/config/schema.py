@@ -74,13 +74,15 @@ class RewardConfig(Section):
     type: Literal["dapo", "math", "exact", "custom"] = "math"
     """dapo: released string rule. math: that rule, then math-verify. exact: stripped response equals the answer. custom: `function`."""
     function: str | None = None
-    """Import path `module:function` for type custom: (response: str, answer: str) -> Score | float (> 0 means correct)."""
+    """Import path `module:function` for type custom: (response: str, answer: str) -> Score | float (> 0 means correct).
+
+    The module is imported once, in a process that scorers are then forked from; it must start no threads while it is imported."""
     correct_reward: float = 1.0
     """Reward of a correct response (paper eq. 7)."""
     wrong_reward: float = -1.0
     """Reward of a wrong response (paper eq. 7)."""
     num_workers: PositiveInt = 2
-    """Verifier processes."""
+    """Scorers: verifier processes that work side by side."""
     timeout_seconds: float = Field(5.0, gt=0)
     """Wall-clock limit of one verdict; a worker over it is killed, the sample counts as wrong."""
     max_response_chars: PositiveInt = 100_000

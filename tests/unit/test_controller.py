@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dapo_megatron.config.schema import Config
@@ -128,6 +130,26 @@ async def test_a_step_samples_with_version_k_and_leaves_version_k_plus_1(tmp_pat
         (1, 1, 2),
         (2, 2, 2),
     ]
+
+
+async def test_the_tokens_of_a_step_are_let_go_before_the_next_is_generated(tmp_path: Path):
+    controller, actor, engine, _, _ = make(tmp_path, right={"0"}, num_rollout_steps=3)
+    trained: list[weakref.ref[np.ndarray]] = []
+    generate = engine.generate
+
+    async def train(batch: TrainBatch, rollout_step: int) -> dict[str, float]:
+        samples = [s for step in batch.optimizer_steps for rank in step.micro_batches for packed in rank for s in packed]
+        trained.extend(weakref.ref(sample.token_ids) for sample in samples)
+        return {"actor/num_loss_tokens": len(samples)}
+
+    async def generate_when_free(requests: Any) -> AsyncIterator[GenerateResult]:
+        assert not any(tokens() is not None for tokens in trained)
+        async for result in generate(requests):
+            yield result
+
+    actor.train, engine.generate = train, generate_when_free
+    await controller.run()
+    assert len(trained) >= 3 * 4
 
 
 async def test_data_without_signal_trains_nothing_and_ends(tmp_path: Path):
