@@ -73,18 +73,20 @@ def test_the_run_folder_tells_what_ran(whole_run: Path):
     assert list((whole_run / "tensorboard").iterdir())
 
 
+@pytest.mark.timeout(300)
 def test_a_finished_run_says_so_and_starts_nothing(folder: Path, whole_run: Path):
     done = train(folder, "--train.num_rollout_steps", "30", name="whole")
     assert done.returncode == 0 and "end of this run already" in done.stdout
 
 
+@pytest.mark.timeout(300)
 def test_the_first_gradient_is_the_same_under_another_layout_and_two_engines_beside_the_ranks(folder: Path, whole_run: Path):
     done = train(
         folder,
-        *("--actor.tensor_parallel_size", "1", "--actor.pipeline_parallel_size", "2", "--train.num_rollout_steps", "1"),
+        *("--actor.tensor_parallel_size", "1", "--actor.num_ranks", "2", "--train.num_rollout_steps", "1"),
         *("--cluster.placement", "split", "--rollout.num_engines", "2"),
-        name="pp2",
+        name="dp2",
     )
     assert done.returncode == 0, done.stderr
-    (first,) = rows(folder / "pp2")
+    (first,) = rows(folder / "dp2")
     assert first["actor/grad_norm"] == pytest.approx(rows(whole_run)[0]["actor/grad_norm"], rel=1e-5)
