@@ -45,7 +45,7 @@ class CpuAdam(torch.optim.Optimizer):
                 [state["exp_avg_sq"] for state in states],
                 [],
                 [torch.tensor(float(done)) for _ in parameters],
-                foreach=True,
+                fused=True,
                 amsgrad=False,
                 beta1=beta1,
                 beta2=beta2,

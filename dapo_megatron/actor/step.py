@@ -35,6 +35,8 @@ class LmHead:
     vocab_size: int
     temperature: float
     chunk_tokens: int
+    trains_entropy: bool
+    """Whether the loss has an entropy term; without one the entropy's gradient costs nothing."""
 
     def __call__(
         self,
@@ -51,17 +53,16 @@ class LmHead:
         if config.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
         rows = hidden_states.squeeze(1).index_select(0, context.rows)
-        return torch.stack(
-            log_probs_and_entropy(
-                rows,
-                weight,
-                context.targets,
-                vocabulary=self._vocabulary(weight.shape[0]),
-                temperature=self.temperature,
-                chunk_tokens=self.chunk_tokens,
-                reduce_hidden_grad=not config.sequence_parallel,
-            )
+        log_probs, entropy = log_probs_and_entropy(
+            rows,
+            weight,
+            context.targets,
+            vocabulary=self._vocabulary(weight.shape[0]),
+            temperature=self.temperature,
+            chunk_tokens=self.chunk_tokens,
+            reduce_hidden_grad=not config.sequence_parallel,
         )
+        return torch.stack((log_probs, entropy if self.trains_entropy else entropy.detach()))
 
     def _vocabulary(self, rows_per_rank: int) -> Vocabulary:
         start = parallel_state.get_tensor_model_parallel_rank() * rows_per_rank
