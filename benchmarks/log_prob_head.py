@@ -31,7 +31,7 @@ def run_side(name: str, rows: int, turns: Connection) -> None:
     """Answer each turn with (seconds, bytes) of one forward and backward."""
     import torch
 
-    from dapo_megatron.actor.log_probs import Vocabulary, log_probs_and_entropy
+    from dapo_megatron.actor.log_probs import Vocabulary, head_loss
 
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(0)
@@ -40,19 +40,25 @@ def run_side(name: str, rows: int, turns: Connection) -> None:
     targets = torch.randint(VOCABULARY, (rows,))
 
     def naive() -> torch.Tensor:
-        return torch.log_softmax((hidden @ weight.t()).float(), dim=-1).gather(1, targets[:, None])[:, 0]
+        return torch.log_softmax((hidden @ weight.t()).float(), dim=-1).gather(1, targets[:, None])[:, 0].sum()
 
     def chunked() -> torch.Tensor:
         vocabulary = Vocabulary(0, VOCABULARY, None)
-        return log_probs_and_entropy(hidden, weight, targets, vocabulary=vocabulary, temperature=1.0, chunk_tokens=CHUNK_TOKENS)[
-            0
-        ]
+        return head_loss(
+            hidden,
+            weight,
+            targets,
+            lambda log_probs, entropy, rows: log_probs.sum(),
+            vocabulary=vocabulary,
+            temperature=1.0,
+            chunk_tokens=CHUNK_TOKENS,
+        )[0]
 
     before = peak_bytes()
     while turns.recv():
         hidden.grad = weight.grad = None
         start = time.perf_counter()
-        (naive if name == "naive" else chunked)().sum().backward()
+        (naive if name == "naive" else chunked)().backward()
         seconds = time.perf_counter() - start
         assert hidden.grad is not None
         turns.send((seconds, peak_bytes() - before, hidden.grad.abs().sum().item()))

@@ -1,14 +1,15 @@
 """LM head: log-probabilities and entropy of chosen tokens from hidden states, in token chunks, vocabulary-parallel.
 
 Shape letters: R rows (tokens whose successor is trained on), H hidden, V vocabulary, V_tp vocabulary rows of this rank.
-The fp32 logits of only `chunk_tokens` rows exist at a time. Those of the last chunk are kept for the backward, which recomputes the
-others: nothing is computed twice where all rows fit into one chunk.
+The fp32 logits of only `chunk_tokens` rows exist at a time, and they are computed once: `head_loss` takes the gradient of a chunk's
+loss while its logits are there, in the forward pass; the backward pass scales it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -30,94 +31,165 @@ class Vocabulary:
     group: dist.ProcessGroup | None
 
 
+class ChunkLoss(Protocol):
+    """The loss of some rows as a function of their log-probs."""
+
+    def __call__(self, log_probs: Tensor, entropy: Tensor, rows: slice) -> Tensor:
+        """Sum over the rows, differentiable in `log_probs` and `entropy` (fp32, nats)."""
+
+
 def log_probs_and_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, vocabulary: Vocabulary, temperature: float, chunk_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """log p(target) and entropy (nats), fp32 [R] each, of softmax(hidden @ weight.T / temperature); same on all TP ranks.
+
+    hidden [R, H] and targets [R] (vocabulary ids) are the same on all ranks of the group, weight is [>= num_rows, H] (rows past
+    `num_rows` are padding). No gradient flows.
+    """
+    with torch.no_grad():
+        log_probs = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        entropy = torch.zeros_like(log_probs)
+        for chunk in _chunks(hidden, weight, targets, vocabulary, temperature, chunk_tokens):
+            log_probs[chunk.rows], entropy[chunk.rows] = chunk.log_probs, chunk.entropy
+            chunk.drop_logits()
+    return log_probs, entropy
+
+
+def head_loss(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
+    loss: ChunkLoss,
     *,
     vocabulary: Vocabulary,
     temperature: float,
     chunk_tokens: int,
     reduce_hidden_grad: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """log p(target) and entropy (nats), fp32 [R] each, of softmax(hidden @ weight.T / temperature); same on all TP ranks.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum of `loss` over all rows, log-probs [R], entropy [R]); gradients of hidden and weight flow from the sum alone.
 
-    hidden [R, H] and targets [R] (vocabulary ids) are the same on all ranks of the group, weight is [>= num_rows, H] (rows past
-    `num_rows` are padding). The gradient of hidden is summed over the group unless `reduce_hidden_grad` is False (the caller's
-    own backward does it); that of weight is local.
+    Arguments as in `log_probs_and_entropy`. The gradient of hidden is summed over the group unless `reduce_hidden_grad` is False
+    (the caller's own backward does it); that of weight is local.
     """
-    return _LogProbs.apply(hidden, weight, targets, vocabulary, temperature, chunk_tokens, reduce_hidden_grad)
+    return _HeadLoss.apply(
+        hidden, weight, targets, loss, vocabulary, temperature, chunk_tokens, reduce_hidden_grad, torch.is_grad_enabled()
+    )
 
 
-class _LogProbs(torch.autograd.Function):
+class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
+        loss: ChunkLoss,
         vocabulary: Vocabulary,
         temperature: float,
         chunk_tokens: int,
         reduce_hidden_grad: bool,
-    ) -> tuple[Tensor, Tensor]:
-        rows = hidden.shape[0]
-        local_targets, owned = _local_targets(targets, vocabulary)
-        stats = torch.zeros(4, rows, dtype=torch.float32, device=hidden.device)
-        stats[0] = -torch.inf  # stays so on a rank that holds only padding rows
-        logits = torch.empty(0)
-        for chunk in _chunks(rows, chunk_tokens, vocabulary):
-            del logits  # before the next ones: one chunk at a time
-            logits = _logits(hidden[chunk], weight, vocabulary, temperature)
-            stats[:, chunk] = _statistics(logits, local_targets[chunk], owned[chunk])
-        maximum, total, weighted, target_logits = _over_ranks(stats, vocabulary.group)
+        with_grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        log_probs = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        entropy = torch.zeros_like(log_probs)
+        loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.zeros(hidden.shape if with_grad else 0, dtype=torch.float32, device=hidden.device)
+        grad_weight = torch.zeros(weight.shape if with_grad else 0, dtype=torch.float32, device=weight.device)
+        local_weight = weight[: vocabulary.num_rows]
+        for chunk in _chunks(hidden, weight, targets, vocabulary, temperature, chunk_tokens):
+            log_probs[chunk.rows], entropy[chunk.rows] = chunk.log_probs, chunk.entropy
+            chunk_loss, grads = _loss_and_grads(loss, chunk, with_grad)
+            loss_sum += chunk_loss
+            if with_grad:
+                grad_logits = chunk.to_grad(*(None if grad is None else grad / temperature for grad in grads)).to(hidden.dtype)
+                grad_hidden[chunk.rows] = grad_logits @ local_weight
+                if hidden.dtype == torch.float32:
+                    grad_weight[: vocabulary.num_rows].addmm_(grad_logits.t(), hidden[chunk.rows])
+                else:  # low-precision product, fp32 sum over chunks
+                    grad_weight[: vocabulary.num_rows].add_(grad_logits.t() @ hidden[chunk.rows])
+                del grad_logits
+            chunk.drop_logits()
+        ctx.grads = (grad_hidden, grad_weight, hidden.dtype, weight.dtype)
+        ctx.group = vocabulary.group if reduce_hidden_grad else None
+        ctx.mark_non_differentiable(log_probs, entropy)
+        ctx.set_materialize_grads(False)
+        return loss_sum, log_probs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        scale = grads[0]
+        assert scale is not None, "only the sum has a gradient"
+        grad_hidden, grad_weight, hidden_dtype, weight_dtype = ctx.grads
+        ctx.grads = None
+        grad_hidden.mul_(scale)
+        if ctx.group is not None:
+            dist.all_reduce(grad_hidden, group=ctx.group)
+        return grad_hidden.to(hidden_dtype), grad_weight.mul_(scale).to(weight_dtype), *(None,) * 7
+
+
+def _loss_and_grads(loss: ChunkLoss, chunk: _Chunk, with_grad: bool) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The chunk's loss, and its gradients by log-probs and entropy; None where it does not depend on one."""
+    if not with_grad:
+        return loss(chunk.log_probs, chunk.entropy, chunk.rows), ()
+    with torch.enable_grad():
+        inputs = (chunk.log_probs.detach().requires_grad_(), chunk.entropy.detach().requires_grad_())
+        value = loss(*inputs, chunk.rows)
+        return value.detach(), torch.autograd.grad(value, inputs, allow_unused=True)
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """Some rows and their fp32 logits [n, num_rows of this rank], which `to_grad` overwrites."""
+
+    rows: slice
+    logits: Tensor | None
+    local_targets: Tensor
+    owned: Tensor
+    log_normalizer: Tensor
+    log_probs: Tensor
+    entropy: Tensor
+
+    def drop_logits(self) -> None:
+        """Free them before the next chunk's are made."""
+        self.logits = None
+
+    def to_grad(self, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> Tensor:
+        """The gradient of the logits, in their place: dlogp/dl = onehot - p, dH/dl = -p * (log p + H)."""
+        assert self.logits is not None
+        logits = self.logits
+        for block in _blocks(logits):
+            normalizer = self.log_normalizer[block, None]
+            log_p = logits[block].sub_(normalizer)
+            factor = torch.zeros_like(normalizer) if grad_log_probs is None else -grad_log_probs[block, None]
+            if grad_entropy is None:
+                log_p.exp_().mul_(factor)
+            else:
+                probabilities = log_p.exp()
+                log_p.add_(self.entropy[block, None]).mul_(-grad_entropy[block, None]).add_(factor).mul_(probabilities)
+        if grad_log_probs is not None and logits.shape[1]:
+            logits.scatter_add_(1, self.local_targets[:, None], (grad_log_probs * self.owned)[:, None])
+        return logits
+
+
+def _chunks(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: Vocabulary, temperature: float, chunk_tokens: int
+) -> Iterator[_Chunk]:
+    """One after the other; a collective over the group for each, also on a rank that holds only padding rows."""
+    local_targets, owned = _local_targets(targets, vocabulary)
+    for start in range(0, hidden.shape[0], chunk_tokens):
+        rows = slice(start, start + chunk_tokens)
+        logits = _logits(hidden[rows], weight, vocabulary, temperature)
+        stats = _over_ranks(_statistics(logits, local_targets[rows], owned[rows]), vocabulary.group)
+        maximum, total, weighted, target_logits = stats
         scale = (maximum - maximum.amax(dim=0)).exp_()
         total = (total * scale).sum(dim=0)
         log_normalizer = maximum.amax(dim=0) + total.log()
         entropy = log_normalizer - (weighted * scale).sum(dim=0) / total
-        log_probs = target_logits.sum(dim=0) - log_normalizer
-        ctx.save_for_backward(hidden, weight, local_targets, owned, log_normalizer, entropy)
-        ctx.last_logits = logits if any(ctx.needs_input_grad) else None
-        ctx.vocabulary, ctx.temperature, ctx.chunk_tokens = vocabulary, temperature, chunk_tokens
-        ctx.reduce_hidden_grad = reduce_hidden_grad
-        ctx.set_materialize_grads(False)
-        return log_probs, entropy
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, local_targets, owned, log_normalizer, entropy = ctx.saved_tensors
-        vocabulary: Vocabulary = ctx.vocabulary
-        grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        local_weight = weight[: vocabulary.num_rows]
-        logits, ctx.last_logits = ctx.last_logits, None
-        for chunk in reversed(_chunks(hidden.shape[0], ctx.chunk_tokens, vocabulary)):
-            if logits is None:
-                logits = _logits(hidden[chunk], weight, vocabulary, ctx.temperature)
-            grad_logits = _to_grad(
-                logits,
-                log_normalizer[chunk],
-                entropy[chunk],
-                local_targets[chunk],
-                owned[chunk],
-                *(None if grad is None else grad[chunk] / ctx.temperature for grad in grads),
-            ).to(hidden.dtype)
-            logits = None
-            grad_hidden[chunk] = grad_logits @ local_weight
-            if grad_weight.dtype == hidden.dtype:
-                grad_weight[: vocabulary.num_rows].addmm_(grad_logits.t(), hidden[chunk])
-            else:  # low-precision product, fp32 sum over chunks
-                grad_weight[: vocabulary.num_rows].add_(grad_logits.t() @ hidden[chunk])
-        if vocabulary.group is not None and ctx.reduce_hidden_grad:
-            dist.all_reduce(grad_hidden, group=vocabulary.group)
-        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), None, None, None, None, None
-
-
-def _chunks(rows: int, chunk_tokens: int, vocabulary: Vocabulary) -> list[slice]:
-    """None on a rank that holds only padding rows: it has no logits."""
-    if not vocabulary.num_rows:
-        return []
-    return [slice(start, min(start + chunk_tokens, rows)) for start in range(0, rows, chunk_tokens)]
+        chunk = _Chunk(
+            rows, logits, local_targets[rows], owned[rows], log_normalizer, target_logits.sum(dim=0) - log_normalizer, entropy
+        )
+        del logits
+        yield chunk
 
 
 def _local_targets(targets: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
@@ -135,6 +207,10 @@ def _logits(hidden: Tensor, weight: Tensor, vocabulary: Vocabulary, temperature:
 
 def _statistics(logits: Tensor, local_targets: Tensor, owned: Tensor) -> Tensor:
     """Per row [4, rows]: maximum m, sum exp(l - m), sum exp(l - m) * l, and the target's logit where this rank owns it."""
+    if not logits.shape[1]:  # only padding rows here: nothing to add to the other ranks'
+        stats = torch.zeros(4, logits.shape[0], dtype=torch.float32, device=logits.device)
+        stats[0] = -torch.inf
+        return stats
     maximum = logits.amax(dim=-1)
     total, weighted = torch.empty_like(maximum), torch.empty_like(maximum)
     for block in _blocks(logits):
@@ -144,32 +220,9 @@ def _statistics(logits: Tensor, local_targets: Tensor, owned: Tensor) -> Tensor:
     return torch.stack((maximum, total, weighted, logits.gather(1, local_targets[:, None]).squeeze(1) * owned))
 
 
-def _to_grad(
-    logits: Tensor,
-    log_normalizer: Tensor,
-    entropy: Tensor,
-    local_targets: Tensor,
-    owned: Tensor,
-    grad_log_probs: Tensor | None,
-    grad_entropy: Tensor | None,
-) -> Tensor:
-    """The gradient of the logits, in their place: dlogp/dl = onehot - p, dH/dl = -p * (log p + H)."""
-    for block in _blocks(logits):
-        log_p = logits[block].sub_(log_normalizer[block, None])
-        factor = torch.zeros_like(log_normalizer[block, None]) if grad_log_probs is None else -grad_log_probs[block, None]
-        if grad_entropy is None:
-            log_p.exp_().mul_(factor)
-        else:
-            probabilities = log_p.exp()
-            log_p.add_(entropy[block, None]).mul_(-grad_entropy[block, None]).add_(factor).mul_(probabilities)
-    if grad_log_probs is not None:
-        logits.scatter_add_(1, local_targets[:, None], (grad_log_probs * owned)[:, None])
-    return logits
-
-
 def _blocks(logits: Tensor) -> list[slice]:
     """Rows that stay in a CPU's cache from one elementwise operation to the next."""
-    rows = max(1, BLOCK_ELEMENTS // logits.shape[1])
+    rows = max(1, BLOCK_ELEMENTS // max(1, logits.shape[1]))
     return [slice(start, start + rows) for start in range(0, logits.shape[0], rows)]
 
 

@@ -64,10 +64,5 @@ def wrap(modules: list[GPTModel], settings: TransformerConfig, architecture: Arc
     optimizer = build_optimizer(chunks, config.actor, config.model)
     settings.finalize_model_grads_func = finalize_model_grads
     settings.grad_scale_func = optimizer.scale_loss
-    head = LmHead(
-        architecture.vocab_size,
-        config.rollout.temperature,
-        config.actor.log_prob_chunk_tokens,
-        trains_entropy=config.algo.entropy_coefficient != 0,
-    )
+    head = LmHead(architecture.vocab_size, config.rollout.temperature, config.actor.log_prob_chunk_tokens)
     return Policy(architecture, choose_implementation(config.model), modules, chunks, optimizer, head, settings)

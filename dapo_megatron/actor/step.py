@@ -2,7 +2,8 @@
 
 Shape letters: T packed tokens, R trained tokens of a micro-batch.
 
-The loss function returns megatron-core's three-part form (loss sum, token count, metrics). With
+The head computes the loss, a chunk of tokens at a time, and its gradient with it (`log_probs.py`). The loss function given to the
+schedule returns megatron-core's three-part form (loss sum, token count, metrics). With
 `calculate_per_token_loss=True` the schedule sums losses over micro-batches and `finalize_model_grads` divides the gradients by the
 token count over all micro-batches and data-parallel ranks, so each trained token counts once under every layout.
 """
@@ -21,22 +22,65 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from dapo_megatron.actor.log_probs import Vocabulary, log_probs_and_entropy
+from dapo_megatron.actor.log_probs import Vocabulary, head_loss, log_probs_and_entropy
 from dapo_megatron.actor.micro_batch import MicroBatchTensors
 from dapo_megatron.actor.parallel import holds_loss
-from dapo_megatron.algo.dapo_loss import dapo_token_loss
+from dapo_megatron.algo.dapo_loss import TokenLoss, dapo_token_loss
 from dapo_megatron.config.schema import AlgoConfig
 
 
 @dataclass(frozen=True, slots=True)
+class MicroBatchLoss:
+    """The DAPO loss of a micro-batch's trained tokens, any rows of them at a time.
+
+    `old_log_probs` fp32 [R]; None: the log-probs at hand themselves. Tokens that are not `on_policy`, and all tokens with
+    `algo.old_log_probs: engine`, take the engine's log-probs instead: only those are of the distribution they were drawn from.
+    """
+
+    batch: MicroBatchTensors
+    old_log_probs: Tensor | None
+    algo: AlgoConfig
+
+    def __call__(self, log_probs: Tensor, entropy: Tensor, rows: slice) -> Tensor:
+        """Weighted sum over the rows, differentiable in `log_probs` and, with an entropy term, in `entropy`."""
+        loss = self.of_tokens(log_probs, rows).loss
+        if self.algo.entropy_coefficient:
+            loss = loss - self.algo.entropy_coefficient * entropy
+        return (loss * self.batch.loss_weights[rows]).sum()
+
+    def of_tokens(self, log_probs: Tensor, rows: slice) -> TokenLoss:
+        """Unweighted, without the entropy term."""
+        on_policy, rollout_log_probs = self.batch.on_policy[rows], self.batch.rollout_log_probs[rows]
+        from_engine = ~on_policy if self.algo.old_log_probs == "actor" else torch.ones_like(on_policy)
+        return dapo_token_loss(
+            log_probs,
+            torch.where(from_engine, rollout_log_probs, self.actors(log_probs, rows)),
+            self.batch.advantages[rows],
+            clip_ratio_low=self.algo.clip_ratio_low,
+            clip_ratio_high=self.algo.clip_ratio_high,
+            dual_clip=self.algo.dual_clip,
+        )
+
+    def actors(self, log_probs: Tensor, rows: slice) -> Tensor:
+        """The actor's log-probs at the weights that sampled."""
+        return log_probs.detach() if self.old_log_probs is None else self.old_log_probs[rows]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadInput:
+    """What the head needs besides hidden states; without a loss it gives log-probs alone."""
+
+    batch: MicroBatchTensors
+    loss: MicroBatchLoss | None
+
+
+@dataclass(frozen=True, slots=True)
 class LmHead:
-    """How hidden states become log-probabilities; called by GPTModel through its `output_processor` hook."""
+    """How hidden states become log-probabilities and the loss; called by GPTModel through its `output_processor` hook."""
 
     vocab_size: int
     temperature: float
     chunk_tokens: int
-    trains_entropy: bool
-    """Whether the loss has an entropy term; without one the entropy's gradient costs nothing."""
 
     def __call__(
         self,
@@ -44,25 +88,30 @@ class LmHead:
         hidden_states: Tensor,
         output_layer: Any,
         output_weight: Tensor | None,
-        context: MicroBatchTensors,
+        context: HeadInput,
         config: Any,
         **_: Any,
-    ) -> Tensor:
-        """hidden_states [T, 1, H] ([T / TP, 1, H] under sequence parallelism) -> log-probs and entropies, fp32 [2, R]."""
+    ) -> tuple[Tensor, ...]:
+        """hidden_states [T, 1, H] ([T / TP, 1, H] under sequence parallelism) -> ([loss sum], log-probs [R], entropies [R]), fp32."""
         weight = output_layer.weight if output_weight is None else output_weight
         if config.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
-        rows = hidden_states.squeeze(1).index_select(0, context.rows)
-        log_probs, entropy = log_probs_and_entropy(
+        rows = hidden_states.squeeze(1).index_select(0, context.batch.rows)
+        targets, vocabulary = context.batch.targets, self._vocabulary(weight.shape[0])
+        if context.loss is None:
+            return log_probs_and_entropy(
+                rows, weight, targets, vocabulary=vocabulary, temperature=self.temperature, chunk_tokens=self.chunk_tokens
+            )
+        return head_loss(
             rows,
             weight,
-            context.targets,
-            vocabulary=self._vocabulary(weight.shape[0]),
+            targets,
+            context.loss,
+            vocabulary=vocabulary,
             temperature=self.temperature,
             chunk_tokens=self.chunk_tokens,
             reduce_hidden_grad=not config.sequence_parallel,
         )
-        return torch.stack((log_probs, entropy if self.trains_entropy else entropy.detach()))
 
     def _vocabulary(self, rows_per_rank: int) -> Vocabulary:
         start = parallel_state.get_tensor_model_parallel_rank() * rows_per_rank
@@ -103,8 +152,7 @@ def train_micro_batches(
     """Forward and backward over the micro-batches of one optimizer step; gradients are left in the DDP buffers.
 
     chunks: DDP-wrapped model chunks. old_log_probs: fp32 [R] a micro-batch, on last-stage ranks; None: this forward pass's own
-    values, which is exact when the weights have not changed since sampling. Tokens that are not `on_policy`, and all tokens with
-    `algo.old_log_probs: engine`, take the engine's log-probs instead. `log_prob_diff` is |actor - engine| over on-policy tokens.
+    values, which is exact when the weights have not changed since sampling. `log_prob_diff` is |actor - engine| over on-policy tokens.
     """
     indexed = [(batch, old_log_probs[i] if old_log_probs else None) for i, batch in enumerate(micro_batches)]
     collected = _run_schedule(chunks, indexed, partial(_forward_loss, head=head, algo=algo), forward_only=False)
@@ -147,9 +195,14 @@ def _run_schedule(chunks: Sequence[Any], items: Sequence[Any], forward_step: Any
     return result or []
 
 
-def _forward(batch: MicroBatchTensors, model: Any, head: LmHead) -> Tensor:
+def _forward(model: Any, head: LmHead, batch: MicroBatchTensors, loss: MicroBatchLoss | None) -> Any:
     return model(
-        batch.input_ids, None, None, packed_seq_params=batch.packed, output_processor=head, output_processor_context=batch
+        batch.input_ids,
+        None,
+        None,
+        packed_seq_params=batch.packed,
+        output_processor=head,
+        output_processor_context=HeadInput(batch, loss),
     )
 
 
@@ -157,47 +210,34 @@ def _forward_loss(
     items: Iterator[tuple[MicroBatchTensors, Tensor | None]], model: Any, *, head: LmHead, algo: AlgoConfig
 ) -> tuple:
     batch, old_log_probs = next(items)
-    return _forward(batch, model, head), partial(_loss, batch=batch, old_log_probs=old_log_probs, algo=algo)
+    loss = MicroBatchLoss(batch, old_log_probs, algo)
+    return _forward(model, head, batch, loss), partial(_three_parts, loss=loss)
 
 
 def _forward_log_probs(items: Iterator[tuple[MicroBatchTensors, None]], model: Any, *, head: LmHead) -> tuple:
     batch, _ = next(items)
-    return _forward(batch, model, head), lambda output, non_loss_data: output[0]
+    return _forward(model, head, batch, None), lambda output, non_loss_data: output[0]
 
 
-def _loss(output: Tensor, *, batch: MicroBatchTensors, old_log_probs: Tensor | None, algo: AlgoConfig) -> tuple:
-    """output [2, R] -> (loss sum, token count, sums for the metrics)."""
-    log_probs, entropy = output
-    actors = log_probs.detach() if old_log_probs is None else old_log_probs
-    # A token sampled by older weights: only the engine's log-prob is of the distribution it was drawn from.
-    from_engine = ~batch.on_policy if algo.old_log_probs == "actor" else torch.ones_like(batch.on_policy)
-    old = torch.where(from_engine, batch.rollout_log_probs, actors)
-    token_loss = dapo_token_loss(
-        log_probs,
-        old,
-        batch.advantages,
-        clip_ratio_low=algo.clip_ratio_low,
-        clip_ratio_high=algo.clip_ratio_high,
-        dual_clip=algo.dual_clip,
-    )
-    loss = token_loss.loss
-    if algo.entropy_coefficient:
-        loss = loss - algo.entropy_coefficient * entropy
-    loss_sum = (loss * batch.loss_weights).sum()
-    num_tokens = torch.tensor(log_probs.numel(), dtype=torch.int, device=loss.device)
+def _three_parts(output: tuple[Tensor, Tensor, Tensor], *, loss: MicroBatchLoss) -> tuple:
+    """(loss sum, log-probs [R], entropies [R]) -> (loss sum, token count, sums for the metrics)."""
+    loss_sum, log_probs, entropy = output
+    batch, rows = loss.batch, slice(None)
+    num_tokens = torch.tensor(log_probs.numel(), dtype=torch.int, device=log_probs.device)
     with torch.no_grad():
-        difference = torch.where(batch.on_policy, (actors - batch.rollout_log_probs).abs(), 0.0)
+        tokens = loss.of_tokens(log_probs, rows)
+        difference = torch.where(batch.on_policy, (loss.actors(log_probs, rows) - batch.rollout_log_probs).abs(), 0.0)
         sums = [
             loss_sum,
             num_tokens,
             entropy.sum(),
             log_probs.exp().sum(),
-            token_loss.clipped_low.sum(),
-            token_loss.clipped_high.sum(),
+            tokens.clipped_low.sum(),
+            tokens.clipped_high.sum(),
             difference.sum(),
             batch.on_policy.sum(),
         ]
-        maxima = [x.max() if x.numel() else torch.zeros((), device=loss.device) for x in (difference, token_loss.ratio)]
+        maxima = [x.max() if x.numel() else torch.zeros((), device=x.device) for x in (difference, tokens.ratio)]
         stats = torch.stack([x.detach().double() for x in (*sums, *maxima)])
     return loss_sum, num_tokens, {"stats": stats}
 

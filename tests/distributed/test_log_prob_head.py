@@ -48,7 +48,7 @@ def chunked(
 ) -> dict[str, np.ndarray]:
     import torch.distributed as dist
 
-    from dapo_megatron.actor.log_probs import Vocabulary, log_probs_and_entropy
+    from dapo_megatron.actor.log_probs import Vocabulary, head_loss, log_probs_and_entropy
 
     dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world_size)
     hidden, weight, targets, of_log_probs, of_entropy = inputs()
@@ -58,12 +58,18 @@ def chunked(
     local = padded[start : start + rows_per_rank].clone().requires_grad_()
     hidden.requires_grad_()
     vocabulary = Vocabulary(start, max(0, min(rows_per_rank, VOCAB - start)), dist.group.WORLD if world_size > 1 else None)
-    log_probs, entropy = log_probs_and_entropy(
-        hidden, local, targets, vocabulary=vocabulary, temperature=temperature, chunk_tokens=chunk_tokens
-    )
-    total = (log_probs * of_log_probs).sum() + ((entropy * of_entropy).sum() if entropy_gradient else 0)
-    total.backward()
-    return as_numpy(log_probs, entropy, hidden.grad, local.grad)
+
+    def loss(log_probs: torch.Tensor, entropy: torch.Tensor, rows: slice) -> torch.Tensor:
+        of_entropy_too = (entropy * of_entropy[rows]).sum() if entropy_gradient else 0
+        return (log_probs * of_log_probs[rows]).sum() + of_entropy_too
+
+    sizes = {"vocabulary": vocabulary, "temperature": temperature, "chunk_tokens": chunk_tokens}
+    loss_sum, log_probs, entropy = head_loss(hidden, local, targets, loss, **sizes)
+    (2 * loss_sum).backward()
+    without_grad = log_probs_and_entropy(hidden, local, targets, **sizes)
+    assert torch.equal(without_grad[0], log_probs) and torch.equal(without_grad[1], entropy)
+    np.testing.assert_allclose(loss_sum.item(), loss(log_probs, entropy, slice(None)).item(), rtol=1e-5)
+    return as_numpy(log_probs, entropy, hidden.grad / 2, local.grad / 2)
 
 
 @pytest.mark.parametrize("entropy_gradient", [False, True], ids=["log_probs_only", "with_entropy"])
@@ -86,7 +92,7 @@ def logits_held(rank: int, init_method: str, chunk_tokens: int) -> int:
     """The largest tensor [rows, vocabulary] that forward and backward make, in elements."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from dapo_megatron.actor.log_probs import Vocabulary, log_probs_and_entropy
+    from dapo_megatron.actor.log_probs import Vocabulary, head_loss
 
     hidden, weight, targets, of_log_probs, _ = inputs()
 
@@ -100,15 +106,16 @@ def logits_held(rank: int, init_method: str, chunk_tokens: int) -> int:
             return result
 
     with Largest() as seen:
-        log_probs, _ = log_probs_and_entropy(
+        loss_sum, _, _ = head_loss(
             hidden.requires_grad_(),
             weight.requires_grad_(),
             targets,
+            lambda log_probs, entropy, rows: (log_probs * of_log_probs[rows]).sum(),
             vocabulary=Vocabulary(0, VOCAB, None),
             temperature=1.0,
             chunk_tokens=chunk_tokens,
         )
-        (log_probs * of_log_probs).sum().backward()
+        loss_sum.backward()
     return seen.elements
 
 
