@@ -12,7 +12,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 QUICKSTART = REPOSITORY / "configs" / "quickstart.yaml"
-TIMED = ("time/", "throughput/", "checkpoint/")
+NOT_COMPARED = ("time/", "throughput/", "checkpoint/", "eval/")
 
 
 def command(folder: Path, *overrides: str, name: str = "run") -> list[str]:
@@ -31,9 +31,9 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def untimed(run: Path) -> list[dict[str, Any]]:
-    """The rows without what a clock decided."""
-    return [{name: value for name, value in row.items() if not name.startswith(TIMED)} for row in rows(run)]
+def training_rows(run: Path) -> list[dict[str, Any]]:
+    """The rows without what a clock decided, and without evaluations."""
+    return [{name: value for name, value in row.items() if not name.startswith(NOT_COMPARED)} for row in rows(run)]
 
 
 def processes_of(run: Path, kind: str = "") -> list[int]:

@@ -9,12 +9,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
-SETTINGS = ("--eval.num_samples", "48", "--eval.temperature", "1", "--eval.top_p", "0.95")
+from tests.e2e.runs import rows
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -31,30 +29,16 @@ def lines(file: Path) -> list[str]:
     return file.read_text().splitlines() if file.is_file() else []
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The working directory, with the quick start's assets and a run of two rollout steps, evaluated after each."""
-    folder = tmp_path_factory.mktemp("evaluate")
-    few = ("--train.num_rollout_steps", "2", "--checkpoint.every", "2", "--eval.interval", "1", "--run.dir", "run")
-    done = run(folder, "train", str(QUICKSTART), *few, *SETTINGS)
-    assert done.returncode == 0, done.stderr
-    return folder
+def test_a_run_is_evaluated_at_its_interval(whole_run: Path):
+    evaluated = [row for row in rows(whole_run) if "eval/accuracy" in row]
+    assert [row["rollout_step"] for row in evaluated] == [6, 12, 18, 24, 30]
+    assert len({row["eval/accuracy_standard_error"] for row in evaluated}) > 1
 
 
-@pytest.fixture(scope="module")
-def trained_rows(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in lines(folder / "run" / "metrics.jsonl")]
-
-
-def test_the_run_was_evaluated_after_each_step(trained_rows: list[dict[str, Any]]):
-    assert ["eval/accuracy" in row for row in trained_rows] == [True, True]
-    assert trained_rows[0]["eval/response_length_tokens"] != trained_rows[1]["eval/response_length_tokens"]
-
-
-def test_a_killed_evaluation_goes_on_and_finds_what_the_run_found(folder: Path, trained_rows: list[dict[str, Any]]):
-    out = folder / "run" / "evaluations" / "step_000002_max_of_two.heldout"
+def test_a_killed_evaluation_goes_on_and_finds_what_the_run_found(folder: Path, whole_run: Path):
+    out = whole_run / "evaluations" / "step_000030_max_of_two.heldout"
     with subprocess.Popen(
-        command("evaluate", "run", "--rollout.engine.max_batch_size", "2"), cwd=folder, stdout=subprocess.DEVNULL
+        command("evaluate", "whole", "--rollout.engine.max_batch_size", "2"), cwd=folder, stdout=subprocess.DEVNULL
     ) as process:
         deadline = time.monotonic() + 200
         while len(lines(out / "problems.jsonl")) < 3 and process.poll() is None and time.monotonic() < deadline:
@@ -63,7 +47,7 @@ def test_a_killed_evaluation_goes_on_and_finds_what_the_run_found(folder: Path, 
     before = lines(out / "problems.jsonl")
     assert 3 <= len(before) < 20 and not (out / "summary.json").exists()
 
-    done = run(folder, "evaluate", "run", "--actor.tensor_parallel_size", "1")
+    done = run(folder, "evaluate", "whole", "--actor.tensor_parallel_size", "1")
     assert done.returncode == 0, done.stderr
     assert f"{len(before)} problems are done" in done.stdout and "20/20 problems" in done.stdout
     after = lines(out / "problems.jsonl")
@@ -71,19 +55,19 @@ def test_a_killed_evaluation_goes_on_and_finds_what_the_run_found(folder: Path, 
     assert after[: len(whole_before)] == whole_before
     records = [json.loads(line) for line in after]
     assert sorted(record["problem"] for record in records) == list(range(20))
-    assert {record["weight_version"] for record in records} == {2}
+    assert {record["weight_version"] for record in records} == {30}
     assert {len(record["responses"]) for record in records} == {48}
 
-    summary, row = json.loads((out / "summary.json").read_text()), trained_rows[-1]
+    summary, row = json.loads((out / "summary.json").read_text()), rows(whole_run)[-1]
     assert summary["avg_at_48"]["value"] == pytest.approx(row["eval/accuracy"])
     assert summary["avg_at_48"]["standard_error"] == pytest.approx(row["eval/accuracy_standard_error"])
     assert summary["maj_at_48"]["value"] == pytest.approx(row["eval/majority_accuracy"])
     assert summary["response_length_mean_tokens"] == pytest.approx(row["eval/response_length_tokens"])
     assert summary["truncated_fraction"] == pytest.approx(row["eval/truncated_fraction"])
-    assert "pass_at_32" in summary and summary["settings"]["weight_version"] == 2
+    assert "pass_at_32" in summary and summary["settings"]["weight_version"] == 30
 
 
-def test_an_hf_directory_is_read_by_the_engines_themselves(folder: Path):
+def test_an_hf_directory_is_read_by_the_engines_themselves(folder: Path, whole_run: Path):
     done = run(
         folder,
         *("evaluate", "runs/quickstart-assets/model", "--data", "runs/quickstart-assets/max_of_two.heldout.jsonl"),
