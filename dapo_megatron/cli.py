@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,16 +41,11 @@ def main() -> None:
 
 def _print_versions(wanted: bool) -> None:
     if wanted:
+        from dapo_megatron.launcher.identity import installed_version
+
         for package in _PACKAGES:
-            typer.echo(f"{package} {_version_of(package)}")
+            typer.echo(f"{package} {installed_version(package) or 'not installed'}")
         raise typer.Exit
-
-
-def _version_of(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 @app.callback()

@@ -9,7 +9,6 @@ import os
 import subprocess
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from dapo_megatron.config.schema import Config
 from dapo_megatron.data.loader import PromptStream
 from dapo_megatron.data.prompts import DataReport, PromptSet, load_prompts
 from dapo_megatron.launcher.controller import read_state
-from dapo_megatron.launcher.identity import RunIdentity, identity_of, require_same
+from dapo_megatron.launcher.identity import RunIdentity, identity_of, installed_version, require_same
 from dapo_megatron.launcher.run_folder import RunFolder, num_steps_of
 from dapo_megatron.metrics.console import RunConsole
 from dapo_megatron.metrics.writers import MetricsWriter
@@ -262,14 +261,7 @@ def _import(path: str) -> Callable[[Config], None]:
 
 def versions() -> dict[str, str | None]:
     """Of the packages that results depend on; None: not installed."""
-
-    def installed(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    return {package: installed(package) for package in PACKAGES}
+    return {package: installed_version(package) for package in PACKAGES}
 
 
 def commit() -> str | None:

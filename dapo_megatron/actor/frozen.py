@@ -27,13 +27,7 @@ class FrozenActor:
     def __init__(self, config: Config, *, rank: int, init_method: str):
         """Join the world; the parameters are zero until `load_weights`."""
         hf_config = json.loads((config.model.path / "config.json").read_text())
-        self._device = parallel.initialize(
-            config.actor,
-            rank=rank,
-            init_method=init_method,
-            timeout_seconds=config.cluster.phase_deadline_seconds,
-            seed=config.run.seed,
-        )
+        self._device = parallel.initialize(config, rank=rank, init_method=init_method)
         self.mapping = compile_mapping(hf_config)
         self._modules, _ = build_modules(Architecture.from_hf(hf_config), config, self._device)
         self._bucket_bytes = config.rollout.weight_bucket_mib * 2**20

@@ -9,11 +9,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from dapo_megatron.config.schema import ActorConfig
+from dapo_megatron.config.schema import Config
 
 
-def initialize(actor: ActorConfig, *, rank: int, init_method: str, timeout_seconds: float, seed: int) -> torch.device:
+def initialize(config: Config, *, rank: int, init_method: str) -> torch.device:
     """Join the actor's world (`init_method`, e.g. tcp://host:port) and build megatron-core's groups. Returns this rank's device."""
+    actor = config.actor
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     torch.set_num_threads(actor.num_threads)
     dist.init_process_group(
@@ -21,7 +22,7 @@ def initialize(actor: ActorConfig, *, rank: int, init_method: str, timeout_secon
         init_method=init_method,
         rank=rank,
         world_size=actor.world_size,
-        timeout=timedelta(seconds=timeout_seconds),
+        timeout=timedelta(seconds=config.cluster.phase_deadline_seconds),
     )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=actor.tensor_parallel_size,
@@ -30,7 +31,7 @@ def initialize(actor: ActorConfig, *, rank: int, init_method: str, timeout_secon
         context_parallel_size=actor.context_parallel_size,
         expert_model_parallel_size=actor.expert_parallel_size,
     )
-    model_parallel_cuda_manual_seed(seed)
+    model_parallel_cuda_manual_seed(config.run.seed)
     return device
 
 

@@ -48,13 +48,7 @@ class ActorWorker:
         self._config = config
         hf_config = json.loads((config.model.path / "config.json").read_text())
         architecture, self.mapping = Architecture.from_hf(hf_config), compile_mapping(hf_config)
-        self._device = parallel.initialize(
-            config.actor,
-            rank=rank,
-            init_method=init_method,
-            timeout_seconds=config.cluster.phase_deadline_seconds,
-            seed=config.run.seed,
-        )
+        self._device = parallel.initialize(config, rank=rank, init_method=init_method)
         modules, settings = build_modules(architecture, config, self._device)
         load_hf(modules, self.mapping, config.model.path)
         self.policy: Policy = wrap(modules, settings, architecture, config)

@@ -66,7 +66,7 @@ class CheckpointSaver:
             (directory / STATE_FILE).write_bytes(state)
             await self._actor.start_save(directory / ACTOR)
         except (OSError, CheckpointError) as error:
-            self._failed(error)
+            self._failed(self._folder.unfinished_checkpoint(num_steps), error)
 
     async def collect(self, *, wait: bool) -> dict[str, float]:
         """Metrics of the save, once: when its files are written, or now with `wait`. Empty while there is nothing to say."""
@@ -80,7 +80,7 @@ class CheckpointSaver:
         try:
             digests = await self._actor.finish_save()
         except CheckpointError as error:
-            self._failed(error)
+            self._failed(save.directory, error)
             return {"checkpoint/num_failed_saves": self._num_failed}
         self._save = None
         self._written = _Written(save.directory, {f"{ACTOR}/{name}": digest for name, digest in digests.items()})
@@ -99,18 +99,15 @@ class CheckpointSaver:
             await asyncio.to_thread(self._folder.complete_checkpoint, written.directory, written.digests)
             await asyncio.to_thread(self._folder.prune, self._config.keep_last, self._config.keep_every)
         except OSError as error:
-            self._save = _Save(written.directory, 0.0)
-            self._failed(error)
+            self._failed(written.directory, error)
 
-    def _failed(self, error: OSError | CheckpointError) -> None:
+    def _failed(self, directory: Path, error: OSError | CheckpointError) -> None:
         self._num_failed += 1
         newest = self._folder.newest_checkpoint()
-        directory = self._save.directory if self._save is not None else self._folder.checkpoints
         logger.error(
             f"CHECKPOINT NOT SAVED: {directory.name}: {error}. The run goes on; a crash now would go back to "
             f"{newest.name if newest else 'the beginning'}. Free space or mend permissions under {self._folder.checkpoints} "
             f"({shutil.disk_usage(self._folder.path).free / 2**30:.1f} GiB are free there)."
         )
-        if self._save is not None:
-            shutil.rmtree(self._save.directory, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
         self._save = None

@@ -31,7 +31,7 @@ from dapo_megatron.launcher.checkpoint_saver import STATE_FILE, CheckpointSaver
 from dapo_megatron.launcher.identity import RunIdentity
 from dapo_megatron.launcher.log_prob_alarm import LogProbAlarm
 from dapo_megatron.launcher.recorded_batch import record
-from dapo_megatron.launcher.run_folder import ACTOR, PhaseNote, RunFolder, read_marker, require_complete
+from dapo_megatron.launcher.run_folder import ACTOR, PhaseNote, RunFolder, actor_digests, read_marker, require_complete
 from dapo_megatron.rollout.sampler import RolloutBatch, Sampler, SamplerState
 from dapo_megatron.types import CheckpointError, EngineError, TrainBatch
 from dapo_megatron.weights.file_digest import FileDigest, digest_file
@@ -172,10 +172,8 @@ class Controller:
         return row | await self._saver.collect(wait=True) if done else row
 
     async def _load(self, checkpoint: Path) -> None:
-        prefix = f"{ACTOR}/"
-        files = read_marker(checkpoint).files.items()
-        digests = {name.removeprefix(prefix): digest for name, digest in files if name.startswith(prefix)}
-        await self._actor.load((checkpoint / ACTOR).absolute(), digests, "canary" in self._config.checkpoint.allow_changed)
+        allow_canary = "canary" in self._config.checkpoint.allow_changed
+        await self._actor.load((checkpoint / ACTOR).absolute(), actor_digests(checkpoint), allow_canary)
 
     def _note_phase(self, phase: str) -> None:
         self._folder.note_phase(PhaseNote(self._num_steps_done + 1, phase, time.time(), self._started))

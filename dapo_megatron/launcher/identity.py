@@ -49,7 +49,7 @@ def identity_of(config: Config, data_fingerprint: str) -> RunIdentity:
     items["code"] = _digest(sorted(Path(__file__).resolve().parents[1].rglob("*.py")))
     if config.reward.function is not None:
         items["code.reward"] = _digest_of_module(config.reward.function.partition(":")[0])
-    items |= {f"versions.{package}": _version(package) for package in PACKAGES}
+    items |= {f"versions.{package}": installed_version(package) or "not installed" for package in PACKAGES}
     return RunIdentity(items)
 
 
@@ -99,8 +99,9 @@ def _digest_of_module(name: str) -> str:
     return _digest([Path(spec.origin)]) if spec is not None and spec.origin is not None else "not found"
 
 
-def _version(package: str) -> str:
+def installed_version(package: str) -> str | None:
+    """None: not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return None

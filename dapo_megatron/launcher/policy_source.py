@@ -10,7 +10,7 @@ from typing import Any
 
 import xxhash
 
-from dapo_megatron.launcher.run_folder import ACTOR, WEIGHTS, RunFolder, num_steps_of, read_marker, require_complete
+from dapo_megatron.launcher.run_folder import ACTOR, RunFolder, actor_digests, num_steps_of, require_complete
 from dapo_megatron.types import CheckpointError
 from dapo_megatron.weights.file_digest import FileDigest
 
@@ -53,8 +53,7 @@ class PolicySource:
 
     def weight_digests(self) -> dict[str, FileDigest]:
         """Of the checkpoint's weight files, by their name below `actor_directory`."""
-        files = read_marker(self.path).files
-        return {name.removeprefix(f"{ACTOR}/"): digest for name, digest in files.items() if name.startswith(WEIGHTS)}
+        return actor_digests(self.path, weights_only=True)
 
 
 def find_policy(path: Path) -> PolicySource:

@@ -92,11 +92,15 @@ class RunFolder:
         complete = self.complete_checkpoints()
         return complete[-1] if complete else None
 
+    def unfinished_checkpoint(self, num_steps: int) -> Path:
+        """Where a checkpoint is while it is written."""
+        return self.checkpoints / f"step_{num_steps:06d}.tmp"
+
     def begin_checkpoint(self, num_steps: int) -> Path:
         """An empty directory to fill; `complete_checkpoint` gives it its marker and its final name. Raises OSError."""
         for leftover in self.checkpoints.glob("step_*.tmp"):  # of a crash: one save is in flight at a time
             shutil.rmtree(leftover)
-        directory = self.checkpoints / f"step_{num_steps:06d}.tmp"
+        directory = self.unfinished_checkpoint(num_steps)
         directory.mkdir(parents=True)
         return directory
 
@@ -159,6 +163,13 @@ def require_complete(checkpoint: Path) -> Path:
                 f"{file} should have {digest.num_bytes} bytes; the checkpoint is damaged, remove {checkpoint} to use an older one"
             )
     return checkpoint
+
+
+def actor_digests(checkpoint: Path, *, weights_only: bool = False) -> dict[str, FileDigest]:
+    """Of the files that the actor ranks wrote, or of the weights alone, by name below `checkpoint`/actor."""
+    root = WEIGHTS if weights_only else f"{ACTOR}/"
+    files = read_marker(checkpoint).files.items()
+    return {name.removeprefix(f"{ACTOR}/"): digest for name, digest in files if name.startswith(root)}
 
 
 def _strip(checkpoint: Path) -> None:

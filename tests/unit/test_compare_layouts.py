@@ -18,20 +18,8 @@ from dapo_megatron.models.shrink import shrunk_config, write_random_model
 from dapo_megatron.types import CheckpointError, ConfigError
 from dapo_megatron.weights.hf_files import HfFiles
 from dapo_megatron.weights.plan import compile_mapping
+from tests.published_configs import QWEN3_8B
 
-QWEN3 = {
-    "model_type": "qwen3",
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
-    "hidden_act": "silu",
-    "rope_theta": 1000000,
-}
 TOLERANCE = Tolerance(direct=1e-5, after_adam=1e-2)
 BEFORE = {"w": np.ones((2, 2), np.float32), "b": np.zeros(2, np.float32)}
 
@@ -94,16 +82,16 @@ def test_overrides_may_be_repeated_or_joined_by_commas():
 
 
 def test_a_shrunk_model_keeps_what_layouts_divide():
-    small = shrunk_config(QWEN3, num_layers=4, tensor_parallel_size=8)
+    small = shrunk_config(QWEN3_8B, num_layers=4, tensor_parallel_size=8)
     kept = ("model_type", "num_attention_heads", "num_key_value_heads", "rope_theta")
-    assert {name: small[name] for name in kept} == {name: QWEN3[name] for name in kept}
+    assert {name: small[name] for name in kept} == {name: QWEN3_8B[name] for name in kept}
     assert small["num_hidden_layers"] == 4 and small["intermediate_size"] % 8 == 0
-    assert shrunk_config({**QWEN3, "vocab_size": 151937}, num_layers=4, tensor_parallel_size=8)["vocab_size"] % 8 == 1
+    assert shrunk_config({**QWEN3_8B, "vocab_size": 151937}, num_layers=4, tensor_parallel_size=8)["vocab_size"] % 8 == 1
     assert sum(np.prod(shape) for shape in compile_mapping(small).hf_tensors.values()) < 500_000
 
 
 def test_a_random_model_is_a_complete_hf_directory(tmp_path: Path):
-    small = shrunk_config(QWEN3, num_layers=2, tensor_parallel_size=2)
+    small = shrunk_config(QWEN3_8B, num_layers=2, tensor_parallel_size=2)
     for name, seed in (("one", 0), ("again", 0), ("other", 1)):
         write_random_model(small, tmp_path / name, seed)
     one, again, other = (HfFiles(tmp_path / name) for name in ("one", "again", "other"))
@@ -132,7 +120,7 @@ def test_a_generated_batch_has_both_kinds_of_samples_and_follows_the_seed():
 @pytest.fixture
 def request_for(tmp_path: Path) -> Request:
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps(QWEN3))
+    (tmp_path / "model" / "config.json").write_text(json.dumps(QWEN3_8B))
     file = tmp_path / "run.yaml"
     file.write_text(f"model: {{path: {tmp_path / 'model'}}}\ndata: {{path: d}}\nrun: {{dir: {tmp_path / 'run'}}}\n")
     return Request(
