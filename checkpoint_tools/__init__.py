@@ -1,1 +1,1 @@
-"""Command-line tools over `dapo_megatron.weights`."""
+"""Checkpoint tools: conversion between Hugging Face and megatron-core, inspection and proof. The map: docs/checkpoint_tools.md."""

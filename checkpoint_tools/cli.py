@@ -1,0 +1,70 @@
+"""The command line of the checkpoint tools. Thin: parse, hand over, print; heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from checkpoint_tools.errors import WriteError
+from dapo_megatron.types import ConfigError, DapoMegatronError
+
+EXIT_FAILED = 1
+"""Work began and failed, or `verify` found a difference."""
+EXIT_BAD_INPUT = 2
+"""Nothing was begun: the command or the checkpoint must be mended first."""
+EXIT_INTERRUPTED = 130
+"""ctrl-c."""
+
+app = typer.Typer(
+    name="checkpoint-tools",
+    help="""Convert checkpoints between Hugging Face and megatron-core, and prove them.
+
+No model is built, no process group is started, no GPU and no TransformerEngine is needed: a login node will do.
+
+**Start here**
+
+- `checkpoint-tools hf-to-megatron models/Qwen2.5-7B ckpt/qwen --dry-run`: what would happen, how much and how long
+- `checkpoint-tools hf-to-megatron models/Qwen2.5-7B ckpt/qwen`: then load it with Megatron under any layout
+
+**Exit codes** 0: done. 1: begun and failed, or a difference found; the same command goes on where it stopped. 2: nothing was begun,
+mend the input. 130: interrupted; the same command goes on.
+""",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Processes. Default: one a processor, at most 8.", show_default=False)
+]
+MaxMemory = Annotated[
+    str, typer.Option("--max-memory", metavar="SIZE", help="Of all buffers together, e.g. 8GiB; whatever the model's size.")
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace OUT_DIR, once the new one is complete; throw away unfinished work.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Prove the plan and print bytes, files, memory and predicted seconds; write nothing.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+
+
+def main() -> None:
+    """Entry point of the `checkpoint-tools` command: errors of the user are one line each, errors of ours are tracebacks."""
+    try:
+        app()
+    except DapoMegatronError as error:
+        for problem in error.problems if isinstance(error, ConfigError) else [str(error)]:
+            typer.secho(f"error: {problem}", fg="red", err=True)
+        raise SystemExit(EXIT_FAILED if isinstance(error, WriteError) else EXIT_BAD_INPUT) from None
+
+
+@app.callback()
+def _options() -> None:
+    pass
+
+
+if __name__ == "__main__":
+    main()

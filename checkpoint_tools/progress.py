@@ -1,0 +1,27 @@
+"""A progress bar in bytes, on stderr, so that stdout stays for results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from checkpoint_tools.worker_pool import Report
+
+
+@contextmanager
+def progress_bar(what: str, num_bytes: int, done: int = 0) -> Iterator[Report]:
+    """Yields the function to report bytes with. Nothing is drawn where stderr is no terminal."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(what, total=num_bytes, completed=done)
+        yield lambda count: progress.advance(bar, count)
