@@ -295,6 +295,11 @@ def _architecture(config: Config, hf_config: Mapping[str, Any]) -> Iterator[str]
             f"rope type ({rope_type}) of {model} must be {either(SUPPORTED_ROPE_TYPES)}; "
             "use a model without other position scaling."
         )
+    if hf_config.get("quantization_config"):
+        yield (
+            f"quantization_config of {model} must be absent: the engine would serve quantised weights, the actor trains bf16 or fp32 "
+            "ones; use the unquantised model, or convert this one."
+        )
     if hf_config.get("use_sliding_window"):
         yield f"use_sliding_window (true) of {model} must be false: attention is over the whole sequence; use another model."
 

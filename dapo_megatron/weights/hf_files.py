@@ -7,12 +7,14 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from dapo_megatron.types import CheckpointError, MappingError
+from dapo_megatron.weights.codecs import FP8, Block, block_of, dequantise, scale_name, scale_shape, scale_slices
 from dapo_megatron.weights.plan import ModelMapping
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ class HfTensor:
 class HfFiles:
     """The safetensors weights of an HF directory, one file or sharded with an index. Only headers are read up front.
 
-    CheckpointError when files are missing or unreadable.
+    Block-scaled FP8 weights come out in bf16. CheckpointError when files are missing or unreadable.
     """
 
     def __init__(self, directory: Path | str) -> None:
@@ -54,9 +56,26 @@ class HfFiles:
         self.tensors: Mapping[str, HfTensor] = self._read_headers()
 
     def read(self, name: str, slices: tuple[slice, ...] | None = None) -> torch.Tensor:
-        """A tensor, or only that part of it (slices with numbers, one an axis), on CPU in the dtype of the file."""
+        """A tensor, or only that part of it (slices with numbers, one an axis), on CPU in the dtype of the file, FP8 in bf16."""
         if name not in self.tensors:
             raise CheckpointError(f"{self.directory} has no tensor {name}; it is not a checkpoint of this model")
+        if self.tensors[name].dtype != FP8:
+            return self._read(name, slices)
+        block, part = self._block, slices or tuple(slice(0, size) for size in self.tensors[name].shape)
+        return dequantise(self._read(name, part), self._read(scale_name(name), scale_slices(part, block)), part, block)
+
+    @cached_property
+    def _block(self) -> Block:
+        """The block of the FP8 weights here. MappingError when config.json knows of none."""
+        block = block_of(json.loads((self.directory / "config.json").read_text()))
+        if block is None:
+            raise MappingError(
+                f"{self.directory} has FP8 weights, so its config.json must have a quantization_config; "
+                "use the config.json that belongs to these weights"
+            )
+        return block
+
+    def _read(self, name: str, slices: tuple[slice, ...] | None) -> torch.Tensor:
         file = self.tensors[name].file
         if file not in self._open_files:
             self._open_files[file] = self._open(file, framework="pt")
@@ -79,18 +98,31 @@ class HfFiles:
                     f"{self.directory}: {name} has shape {self.tensors[name].shape}, its config.json asks for {shape}; "
                     "use the config.json that belongs to these weights"
                 )
-            if self.tensors[name].dtype not in _FLOAT_DTYPES:
+            if self.tensors[name].dtype == FP8:
+                self._check_scales(name)
+            elif self.tensors[name].dtype not in _FLOAT_DTYPES:
                 raise MappingError(
                     f"{self.directory}: {name} is {self.tensors[name].dtype}, must be one of {', '.join(_FLOAT_DTYPES)}; "
                     "use the unquantised model"
                 )
-        ignored = {name: self._why_ignorable(name) for name in self.tensors if name not in mapping.hf_tensors}
+        scales = {scale_name(name) for name in mapping.hf_tensors if self.tensors[name].dtype == FP8}
+        others = [name for name in self.tensors if name not in mapping.hf_tensors and name not in scales]
+        ignored = {name: self._why_ignorable(name, mapping) for name in others}
         for name, reason in ignored.items():
             logger.warning("%s: %s is not loaded: %s", self.directory, name, reason)
         return ignored
 
-    def _why_ignorable(self, name: str) -> str:
-        for pattern, reason in _IGNORABLE.items():
+    def _check_scales(self, name: str) -> None:
+        scales, wanted = self.tensors.get(scale_name(name)), scale_shape(self.tensors[name].shape, self._block)
+        if scales is None or (scales.shape, scales.dtype) != (wanted, "F32"):
+            found = "there is none" if scales is None else f"it is {scales.shape} {scales.dtype}"
+            raise MappingError(
+                f"{self.directory}: {name} is FP8, so {scale_name(name)} must be {wanted} F32, and {found}; "
+                "get the complete checkpoint"
+            )
+
+    def _why_ignorable(self, name: str, mapping: ModelMapping) -> str:
+        for pattern, reason in (_IGNORABLE | dict(mapping.skipped)).items():
             if re.fullmatch(pattern, name):
                 if name == _TIED_HEAD:
                     self._check_tied_head()

@@ -3,7 +3,7 @@
 Every relation between the two is a permutation of whole rows, so it is written as data. A family table (`families/`) has one
 line a megatron-core tensor:
 
-    megatron-core name                     HF name(s)                                   layout    [condition]
+    megatron-core name                     HF name(s)                                   layout    [dtype] [condition]
 
     decoder.final_layernorm.weight         model.norm.weight                            h
     output_layer.weight                    lm_head.weight                               v+pad h   if not tie_word_embeddings
@@ -11,18 +11,20 @@ line a megatron-core tensor:
     ...{L}.mlp.linear_fc1.weight           model.layers.{L}.mlp.{gate,up}_proj.weight   [gate:f | up:f] h
 
 Names
-    {L}             one tensor for each L in 0 .. sizes["L"] - 1 (any capital letter, so {E} for experts); in both names.
+    {L}             one tensor for each L in 0 .. sizes["L"] - 1 (any capital letter, so {E} for experts); in both names. The family
+                    may give the values instead: {M} are the layers with experts.
     {q,k,v}         one HF tensor for each part of the layout, in the same order; in the HF name only.
 
 Layout = rows, then for a matrix a space and its columns. Columns are the same on both sides; all algebra is on rows.
-    n*d             a size: a product of symbols and integers. The family says what a symbol is (`families/dense.py`).
+    n*d             a size: a product of symbols and integers. The family says what a symbol is (`dense_sizes`).
     rows            the megatron-core tensor is the HF tensor.
     [a:x | b:y]     x rows of HF tensor a, then y rows of b.
     (g [a:x | b:y]) that g times over: repetition i takes the i-th x rows of a and the i-th y rows of b.
     ...+pad         megatron-core may have more rows below, or more columns to the right, all zero: padding of the vocabulary, or
                     of the query groups, to a multiple of the tensor-parallel size.
 
-Condition: `if field` or `if not field`, a boolean field of the HF config; without it the tensor always exists.
+dtype: `in fp32` where megatron-core keeps the tensor in fp32 whatever the model's dtype.
+Condition: `if field` or `if not field`: the tensor exists where the field of the HF config is (not) true or not 0.
 Blank lines and lines that start with # are skipped.
 
 `parse_table` reads the text, `compile_layout` turns one layout into runs: rows that lie together on both sides.
@@ -33,7 +35,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from dapo_megatron.types import MappingError
@@ -47,6 +49,7 @@ _LAYOUT = re.compile(
     re.VERBOSE,
 )
 _CONDITION = re.compile(r"\sif\s+(?P<negated>not\s+)?(?P<field>\w+)$")
+_DTYPE = re.compile(r"\sin\s+fp32$")
 _INDEX = re.compile(r"\{([A-Z])\}")
 _ALTERNATIVES = re.compile(r"\{([^{}]*,[^{}]*)\}")
 
@@ -81,7 +84,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """The tensor exists where the HF config's boolean `field` is `value`."""
+    """The tensor exists where the truth of the HF config's `field` is `value`."""
 
     field: str
     value: bool
@@ -95,6 +98,7 @@ class Rule:
     hf_pattern: str
     layout: Layout
     condition: Condition | None
+    in_fp32: bool
 
     @property
     def indices(self) -> tuple[str, ...]:
@@ -127,10 +131,11 @@ def _parse_rule(line: str) -> Rule:
     if match := _CONDITION.search(line):
         condition = Condition(match["field"], value=match["negated"] is None)
         body = line[: match.start()].rstrip()
-    fields = body.split(maxsplit=2)
+    in_fp32 = _DTYPE.search(body) is not None
+    fields = _DTYPE.sub("", body).split(maxsplit=2)
     if len(fields) != 3:
         raise MappingError(f"table line {line!r} has {len(fields)} columns; write: megatron-core name, HF name, layout")
-    rule = Rule(fields[0], fields[1], parse_layout(fields[2]), condition)
+    rule = Rule(fields[0], fields[1], parse_layout(fields[2]), condition, in_fp32)
     _check_names(line, rule)
     return rule
 
@@ -190,9 +195,16 @@ def evaluate_size(expression: str, sizes: Mapping[str, int]) -> int:
     return math.prod(int(factor) if factor.isdigit() else sizes[factor] for factor in factors)
 
 
-def index_values(indices: tuple[str, ...], sizes: Mapping[str, int]) -> Iterator[dict[str, int]]:
-    """Every assignment of the index letters, the last letter running fastest; one empty assignment when there are none."""
-    for values in itertools.product(*(range(evaluate_size(letter, sizes)) for letter in indices)):
+def index_values(
+    indices: tuple[str, ...], sizes: Mapping[str, int], given: Mapping[str, Sequence[int]] | None = None
+) -> Iterator[dict[str, int]]:
+    """Every assignment of the index letters, the last letter running fastest; one empty assignment when there are none.
+
+    A letter takes its values from `given`, else 0 .. sizes[letter] - 1.
+    """
+    given = given or {}
+    ranges = (given[letter] if letter in given else range(evaluate_size(letter, sizes)) for letter in indices)
+    for values in itertools.product(*ranges):
         yield dict(zip(indices, values, strict=True))
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dapo_megatron.types import MappingError
+from dapo_megatron.weights.codecs import block_of
 from dapo_megatron.weights.families import family_of, with_defaults
 from dapo_megatron.weights.layout import Rule, Run, compile_layout, fill_indices, index_values, parse_table
 from dapo_megatron.weights.tiling import Rectangle, prove_tiling
@@ -47,11 +48,15 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class MappedTensor:
-    """A megatron-core tensor: `shape` (rows,) or (rows, columns) without padding; `padded`: whether that axis may be longer."""
+    """A megatron-core tensor: `shape` (rows,) or (rows, columns) without padding; `padded`: whether that axis may be longer.
+
+    `in_fp32`: megatron-core keeps it in fp32 whatever the model's dtype.
+    """
 
     shape: tuple[int, ...]
     padded: tuple[bool, bool]
     runs: tuple[Run, ...]
+    in_fp32: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,11 +67,13 @@ class ModelMapping:
     """
 
     tensors: Mapping[str, MappedTensor]
-    """By megatron-core name, layers counted from 0 over the whole model."""
+    """By megatron-core name, layers and experts counted from 0 over the whole model, one tensor an expert."""
     hf_tensors: Mapping[str, tuple[int, ...]]
     """HF name -> shape, in the order weights are sent."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Ending of another megatron-core name -> ending used in `tensors`."""
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    """Pattern of HF names that the files may hold besides `hf_tensors` -> why they are not loaded."""
 
     def __post_init__(self) -> None:
         hf_rows: dict[str, list[Rectangle]] = defaultdict(list)
@@ -106,17 +113,25 @@ def compile_mapping(hf_config: Mapping[str, Any]) -> ModelMapping:
     MappingError names an unsupported `model_type` or field, or the tensor and rows where the family's table does not tile.
     """
     family = family_of(hf_config)
-    config = with_defaults(hf_config)
+    block_of(hf_config)  # raises for a quantisation that no codec reads
+    config = with_defaults(hf_config, family)
     rules = tuple(rule for rule in parse_table(family.table) if _exists(rule, config))
-    return compile_rules(rules, family.sizes(config), family.aliases)
+    tensors, hf_tensors = compile_rules(rules, family.sizes(config), family.layers(config))
+    return ModelMapping(tensors, hf_tensors, family.aliases, family.skipped(config))
 
 
-def compile_rules(rules: Sequence[Rule], sizes: Mapping[str, int], aliases: Mapping[str, str]) -> ModelMapping:
-    """Put numbers into parsed rules. Symbols and index letters are keys of `sizes`; `aliases` as in `ModelMapping`."""
+def compile_rules(
+    rules: Sequence[Rule], sizes: Mapping[str, int], layers: Mapping[str, Sequence[int]] | None = None
+) -> tuple[dict[str, MappedTensor], dict[str, tuple[int, ...]]]:
+    """Put numbers into parsed rules: `tensors` and `hf_tensors` of a `ModelMapping`.
+
+    Symbols and index letters are keys of `sizes`, or a letter has its values in `layers`.
+    """
     tensors: dict[str, MappedTensor] = {}
     hf_tensors: dict[str, tuple[int, ...]] = {}
-    for rule, values in _instances(rules, sizes):
-        layout = compile_layout(rule.layout, sizes)
+    layouts = {rule: compile_layout(rule.layout, sizes) for rule in rules}
+    for rule, values in _instances(rules, sizes, layers):
+        layout = layouts[rule]
         hf_names = {part: fill_indices(pattern, values) for part, pattern in rule.hf_names().items()}
         mcore_name = fill_indices(rule.mcore_pattern, values)
         if mcore_name in tensors:
@@ -128,21 +143,20 @@ def compile_rules(rules: Sequence[Rule], sizes: Mapping[str, int], aliases: Mapp
                 )
             hf_tensors[hf_names[part]] = shape
         runs = tuple(Run(hf_names[run.hf_name], run.hf_row0, run.mcore_row0, run.rows) for run in layout.runs)
-        tensors[mcore_name] = MappedTensor(layout.mcore_shape, rule.layout.padded, runs)
-    return ModelMapping(tensors, hf_tensors, aliases)
+        tensors[mcore_name] = MappedTensor(layout.mcore_shape, rule.layout.padded, runs, rule.in_fp32)
+    return tensors, hf_tensors
 
 
 def _exists(rule: Rule, config: Mapping[str, Any]) -> bool:
     return rule.condition is None or bool(config.get(rule.condition.field)) == rule.condition.value
 
 
-def _instances(rules: Sequence[Rule], sizes: Mapping[str, int]) -> Iterator[tuple[Rule, dict[str, int]]]:
-    """Every rule with every value of its indices: first what belongs to no layer, then layer after layer."""
-    for indices in sorted({rule.indices for rule in rules}):
-        of_indices = [rule for rule in rules if rule.indices == indices]
-        for values in index_values(indices, sizes):
-            for rule in of_indices:
-                yield rule, values
+def _instances(
+    rules: Sequence[Rule], sizes: Mapping[str, int], layers: Mapping[str, Sequence[int]] | None
+) -> Iterator[tuple[Rule, dict[str, int]]]:
+    """Every rule with every value of its indices: first what belongs to no layer, then layer after layer, expert after expert."""
+    instances = [(rule, values) for rule in rules for values in index_values(rule.indices, sizes, layers)]
+    yield from sorted(instances, key=lambda instance: tuple(instance[1].values()))
 
 
 def import_plan(mapping: ModelMapping, boxes: Sequence[Box]) -> tuple[Copy, ...]:

@@ -229,17 +229,20 @@ def test_columns_must_be_equal_on_both_sides():
 )
 def test_table_with_a_name_twice_is_refused(table, message):
     with pytest.raises(MappingError, match=message):
-        compile_rules(parse_table(table), {"h": 2}, {})
+        compile_rules(parse_table(table), {"h": 2})
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt_oss"}, r"model_type \('gpt_oss'\) must be one of llama, qwen2, qwen3"),
+        (
+            {"model_type": "gpt_oss"},
+            r"model_type \('gpt_oss'\) must be one of deepseek_v2, deepseek_v3, llama, mixtral, qwen2, qwen3, qwen3_moe",
+        ),
         ({"model_type": None}, "model_type"),
         ({"attention_bias": True}, r"attention_bias \(True\) must be false"),
         ({"mlp_bias": True}, r"mlp_bias \(True\) must be false"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config must be absent"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"quantization_config .*gptq.* must be absent, or fp8"),
         ({"num_key_value_heads": 3}, r"num_key_value_heads \(3\) must divide num_attention_heads \(4\)"),
         ({"hidden_size": None}, r"hidden_size \(None\) must be a positive integer"),
         ({"vocab_size": 0}, r"vocab_size \(0\) must be a positive integer"),

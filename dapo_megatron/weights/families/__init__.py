@@ -1,4 +1,4 @@
-"""The model families by HF `model_type`. A new family is one file with a table, and one entry here."""
+"""The model families by HF `model_type`. A new family is one file with a table and a config map, and one entry here."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from dapo_megatron.types import MappingError
-from dapo_megatron.weights.families.dense import Family
+from dapo_megatron.weights.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from dapo_megatron.weights.families.family import Family
 from dapo_megatron.weights.families.llama import LLAMA
+from dapo_megatron.weights.families.mixtral import MIXTRAL
 from dapo_megatron.weights.families.qwen2 import QWEN2
 from dapo_megatron.weights.families.qwen3 import QWEN3
+from dapo_megatron.weights.families.qwen3_moe import QWEN3_MOE
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, QWEN2, QWEN3)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (LLAMA, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL, DEEPSEEK_V2, DEEPSEEK_V3)
+}
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:
@@ -27,11 +32,20 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
             raise MappingError(
                 f"{name} ({hf_config[name]!r}) must be false for model_type {model_type!r}; its table has no such biases"
             )
-    if hf_config.get("quantization_config"):
-        raise MappingError("quantization_config must be absent: quantised tensors are not mapped; use the unquantised model")
     return family
 
 
-def with_defaults(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+def with_defaults(hf_config: Mapping[str, Any], family: Family | None = None) -> dict[str, Any]:
     """The config.json with what transformers assumes for missing and null fields. Errors as `family_of`."""
-    return {**family_of(hf_config).defaults, **{key: value for key, value in hf_config.items() if value is not None}}
+    family = family or family_of(hf_config)
+    given = {family.renamed_fields.get(key, key): value for key, value in hf_config.items() if value is not None}
+    return {**family.defaults, **given}
+
+
+def megatron_arguments(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config map: this model as Megatron-LM's arguments, by their names in its namespace. Errors as `family_of`.
+
+    Architecture only, nothing about parallelism or training. `vocab_size` is without padding.
+    """
+    family = family_of(hf_config)
+    return family.arguments(with_defaults(hf_config, family))

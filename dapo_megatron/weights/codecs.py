@@ -1,0 +1,65 @@
+"""Arithmetic at the leaves of the mapping: weights that the files hold in another form than the model.
+
+One codec: FP8 with a scale a block, as DeepSeek-V3 publishes (`quantization_config.quant_method: fp8`). Beside a weight [rows,
+columns] in e4m3 lies `NAME_scale_inv`, fp32 [ceil(rows / block), ceil(columns / block)]: the factor of each block of 128 x 128.
+It is read only, into bf16 (the product in fp32, rounded once), so any slice decodes by itself, wherever it cuts blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from dapo_megatron.types import MappingError
+
+if TYPE_CHECKING:
+    import torch
+
+FP8 = "F8_E4M3"
+"""As safetensors writes the dtype."""
+_SCALE_ENDING = "_scale_inv"
+
+Block = tuple[int, int]
+"""Rows and columns that share a scale."""
+
+
+def block_of(hf_config: Mapping[str, Any]) -> Block | None:
+    """The block of an FP8 model, None for an unquantised one. MappingError for any other quantisation."""
+    quantization = hf_config.get("quantization_config")
+    if not quantization:
+        return None
+    block = quantization.get("weight_block_size")
+    known = quantization.get("quant_method") == "fp8" and quantization.get("fmt", "e4m3") == "e4m3"
+    if not known or not isinstance(block, list) or len(block) != 2:
+        described = {key: quantization.get(key) for key in ("quant_method", "fmt", "weight_block_size")}
+        raise MappingError(
+            f"quantization_config ({described}) must be absent, or fp8 in e4m3 with a weight_block_size; use the unquantised model"
+        )
+    return int(block[0]), int(block[1])
+
+
+def scale_name(name: str) -> str:
+    """The tensor that holds the scales of an FP8 weight."""
+    return name + _SCALE_ENDING
+
+
+def scale_shape(shape: tuple[int, ...], block: Block) -> tuple[int, int]:
+    """Its shape, for a weight [rows, columns]."""
+    rows, columns = shape
+    return -(-rows // block[0]), -(-columns // block[1])
+
+
+def scale_slices(slices: tuple[slice, ...], block: Block) -> tuple[slice, slice]:
+    """The scales that a slice of the weight needs."""
+    rows, columns = (slice(part.start // size, -(-part.stop // size)) for part, size in zip(slices, block, strict=True))
+    return rows, columns
+
+
+def dequantise(weight: torch.Tensor, scales: torch.Tensor, slices: tuple[slice, ...], block: Block) -> torch.Tensor:
+    """bf16 [rows, columns] of a slice: `weight` is weight[slices] in e4m3, `scales` is scales[scale_slices(slices)] in fp32."""
+    import torch
+
+    for axis, (part, size) in enumerate(zip(slices, block, strict=True)):
+        first = part.start % size
+        scales = scales.repeat_interleave(size, dim=axis).narrow(axis, first, part.stop - part.start)
+    return (weight.to(torch.float32) * scales).to(torch.bfloat16)
