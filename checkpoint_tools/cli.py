@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -59,6 +60,53 @@ def main() -> None:
         for problem in error.problems if isinstance(error, ConfigError) else [str(error)]:
             typer.secho(f"error: {problem}", fg="red", err=True)
         raise SystemExit(EXIT_FAILED if isinstance(error, WriteError) else EXIT_BAD_INPUT) from None
+
+
+@app.command("megatron-to-hf")
+def megatron_to_hf(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CKPT_DIR",
+            help="torch_dist checkpoint, Megatron-LM's folder of them, or a run of dapo-megatron (the newest).",
+            show_default=False,
+        ),
+    ],
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Hugging Face directory to make.", show_default=False)],
+    hf_config: Annotated[
+        Path | None,
+        typer.Option(
+            "--hf-config",
+            metavar="HF_DIR",
+            help="Folder with the model's config.json and tokenizer. Default: what the checkpoint was converted or trained from.",
+            show_default=False,
+        ),
+    ] = None,
+    shard_size: Annotated[str, typer.Option("--shard-size", metavar="SIZE", help="Of one safetensors file at most.")] = "5GB",
+    workers: Workers = None,
+    max_memory: MaxMemory = "8GiB",
+    dry_run: DryRun = False,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """megatron-core's `torch_dist` format to a Hugging Face directory that `from_pretrained` loads.
+
+    Takes checkpoints of any layout, with or without optimizer state, layers stacked or apart. First it is proven that every
+    element of every tensor is saved exactly once and that config.json is this model's. Padding of vocabulary and query groups is cut.
+
+    **Examples**
+
+    - `checkpoint-tools megatron-to-hf runs/quickstart models/trained`: the newest checkpoint of a run
+    - `checkpoint-tools megatron-to-hf ckpt/iter_0000100 models/trained --hf-config models/Qwen2.5-7B --dry-run`
+    """
+    from checkpoint_tools.byte_sizes import parse_bytes
+    from checkpoint_tools.megatron_to_hf import Options, run
+
+    run(
+        Options(
+            checkpoint, out_dir, hf_config, parse_bytes(shard_size), workers, parse_bytes(max_memory), dry_run, force, as_json
+        )
+    )
 
 
 @app.callback()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from dapo_megatron.types import CheckpointError
 
+CONFIG_FILE = "config.json"
 _WEIGHTS = ("*.safetensors", "*.index.json", "*.bin", "*.bin.*", "*.gguf", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.ot")
 _FOLDERS = ("additional_chat_templates",)
 _OWN_FILES = ("provenance.json", "manifest.json")
@@ -38,3 +41,17 @@ def copy_companions(source: Path, target: Path) -> tuple[str, ...]:
             raise CheckpointError(f"{source / name} cannot be read ({error.strerror}); mend its permissions") from error
         (target / name).write_bytes(content)
     return tuple(str(name) for name in names)
+
+
+def read_hf_config(directory: Path) -> dict[str, Any]:
+    """The config.json of an HF directory. CheckpointError when there is none or it is no JSON object."""
+    file = directory / CONFIG_FILE
+    try:
+        value = json.loads(file.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror}); give a Hugging Face directory") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is no JSON ({error}); get it again") from error
+    if not isinstance(value, dict) or "model_type" not in value:
+        raise CheckpointError(f"{file} has no model_type; give the config.json of a model")
+    return value

@@ -45,12 +45,17 @@ def identity_of(config: Config, data_fingerprint: str) -> RunIdentity:
     """Of a run about to start; `data_fingerprint` is that of the training prompts."""
     items = {name: str(value) for name, value in _leaves(resolved_dict(config)) if not _is_below(name, FREE)}
     items["data"] = data_fingerprint
-    items["model"] = _digest([config.model.path / "config.json"])
+    items["model"] = digest_of_model(config.model.path)
     items["code"] = _digest(sorted(Path(__file__).resolve().parents[1].rglob("*.py")))
     if config.reward.function is not None:
         items["code.reward"] = _digest_of_module(config.reward.function.partition(":")[0])
     items |= {f"versions.{package}": installed_version(package) or "not installed" for package in PACKAGES}
     return RunIdentity(items)
+
+
+def digest_of_model(hf_dir: Path) -> str:
+    """What a run keeps of its model: changes when config.json does."""
+    return _digest([hf_dir / "config.json"])
 
 
 def differences(before: RunIdentity, now: RunIdentity, allowed: Sequence[str]) -> list[Difference]:

@@ -50,13 +50,18 @@ def checkpoint_places(mapping: ModelMapping, *, stacked_layers: bool) -> dict[st
     return places
 
 
+def num_stacked_axes(key: str) -> int:
+    """Leading axes of the tensor of that name: one for each number, of a layer or an expert, that the name leaves out."""
+    return len(_GAPS.findall(key))
+
+
 def unstacked_name(key: str, index: Sequence[int]) -> str:
     """The name of one tensor out of a stacked one, in the spelling of `key`: `ModelMapping.canonical_name` understands it.
 
     MappingError when `index` has not one number for each layer and expert that the key leaves out.
     """
     numbers = list(index)
-    gaps = len(_GAPS.findall(key))
+    gaps = num_stacked_axes(key)
     if gaps != len(numbers):
         raise MappingError(f"{key} is stacked over {len(numbers)} axes, its name leaves out {gaps}; it is not megatron-core's")
     return _GAPS.sub(lambda match: f"{match[0]}{numbers.pop(0)}.", key)
