@@ -43,6 +43,20 @@ class Policy:
         self.optimizer.zero_grad()
 
 
+class GlooDdp(DistributedDataParallel):
+    """megatron-core's DDP without the copies of whole buffers that torch makes for gloo's reduce-scatter and all-gather.
+
+    Gradients are all-reduced in place. A rank that is alone in its group has nothing to gather. See UPSTREAM.md.
+    """
+
+    def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
+        super().finish_grad_sync(force_all_reduce=True)
+
+    def _start_bucket_group_param_sync(self, bucket_group: Any, force_sync: bool = False) -> None:
+        if bucket_group.intra_distributed_optimizer_instance_size > 1:
+            super()._start_bucket_group_param_sync(bucket_group, force_sync=force_sync)
+
+
 def build_modules(architecture: Architecture, config: Config, device: torch.device) -> tuple[list[GPTModel], TransformerConfig]:
     """Model chunks of this rank on its device, parameters zero until loaded."""
     settings = transformer_config(architecture, config.model, config.actor)
@@ -60,7 +74,8 @@ def wrap(modules: list[GPTModel], settings: TransformerConfig, architecture: Arc
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=config.actor.use_distributed_optimizer
     )
-    chunks = [DistributedDataParallel(settings, ddp, module, disable_bucketing=index > 0) for index, module in enumerate(modules)]
+    wrapper = DistributedDataParallel if torch.cuda.is_available() else GlooDdp
+    chunks = [wrapper(settings, ddp, module, disable_bucketing=index > 0) for index, module in enumerate(modules)]
     optimizer = build_optimizer(chunks, config.actor, config.model)
     settings.finalize_model_grads_func = finalize_model_grads
     settings.grad_scale_func = optimizer.scale_loss

@@ -10,7 +10,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import embedding, scaled_dot_product_attention
 
 from dapo_megatron.models.packed import PackedSequences
 
@@ -47,7 +47,8 @@ class PackedSelfAttention(MegatronModule):
     ) -> Tensor:
         assert packed_seq_params is not None and packed_seq_params.gather is not None
         assert packed_seq_params.scatter is not None
-        slots = [x.squeeze(1).index_select(0, packed_seq_params.gather) for x in (query, key, value)]
+        # As an embedding: its backward adds up rows in parallel, index_select's does not.
+        slots = [embedding(packed_seq_params.gather, x.flatten(1)).unflatten(1, x.shape[2:]) for x in (query, key, value)]
         grouped = query.shape[-2] != key.shape[-2]
         outputs, first = [], 0
         for num_sequences, longest in packed_seq_params.tile_shapes:
@@ -57,8 +58,7 @@ class PackedSelfAttention(MegatronModule):
             out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
             outputs.append(out.transpose(1, 2).flatten(0, 1))
             first = last
-        packed = torch.cat(outputs).index_select(0, packed_seq_params.scatter)
-        return packed.flatten(1).unsqueeze(1)
+        return embedding(packed_seq_params.scatter, torch.cat(outputs).flatten(1)).unsqueeze(1)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """No parameters."""
