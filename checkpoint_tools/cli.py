@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -60,6 +60,40 @@ def main() -> None:
         for problem in error.problems if isinstance(error, ConfigError) else [str(error)]:
             typer.secho(f"error: {problem}", fg="red", err=True)
         raise SystemExit(EXIT_FAILED if isinstance(error, WriteError) else EXIT_BAD_INPUT) from None
+
+
+@app.command("hf-to-megatron")
+def hf_to_megatron(
+    hf_dir: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Folder with config.json and weights.", show_default=False)],
+    out_dir: Annotated[
+        Path, typer.Argument(metavar="OUT_DIR", help="Folder to make; give it to Megatron's --load.", show_default=False)
+    ],
+    dtype: Annotated[
+        Literal["keep", "bf16"], typer.Option("--dtype", help="keep: the bytes as they are. bf16: rounded.")
+    ] = "keep",
+    workers: Workers = None,
+    max_memory: MaxMemory = "8GiB",
+    dry_run: DryRun = False,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Hugging Face to megatron-core's `torch_dist` format, which loads under any TP, PP, VPP, EP and ETP.
+
+    Reads safetensors, one file or sharded, or pytorch_model.bin, slice by slice. OUT_DIR appears when it is complete; until then the
+    work is in OUT_DIR.partial, and the same command goes on after a kill, a full disk or ctrl-c.
+
+    **Examples**
+
+    - `checkpoint-tools hf-to-megatron models/Qwen2.5-7B ckpt/qwen`
+    - `checkpoint-tools hf-to-megatron models/Qwen2.5-7B ckpt/qwen --dtype bf16 --workers 4 --max-memory 2GiB`
+
+    Megatron-LM then takes `--load OUT_DIR --use-checkpoint-args --ckpt-format torch_dist`; megatron-core's `dist_checkpointing.load` takes
+    OUT_DIR/release.
+    """
+    from checkpoint_tools.byte_sizes import parse_bytes
+    from checkpoint_tools.hf_to_megatron import Options, run
+
+    run(Options(hf_dir, out_dir, dtype, workers, parse_bytes(max_memory), dry_run, force, as_json))
 
 
 @app.command("megatron-to-hf")

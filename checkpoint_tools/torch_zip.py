@@ -1,16 +1,18 @@
-"""The bytes that torch.save puts before and after the elements of one tensor.
+"""Archives as torch.save writes them, without torch.
 
-A torch_dist file is a row of such archives. Writing the frame apart from the elements lets them go from file to file through one
-buffer, without torch. As with `torch.serialization.set_crc32_options(False)` the checksums are zero: torch.load ignores them, and the
-manifest holds a hash of every tensor.
+A torch_dist file is a row of them, each with one tensor. Written apart from its elements, the frame of an archive lets them go from
+file to file through one buffer. As with `torch.serialization.set_crc32_options(False)` the checksums are zero: torch.load does not look
+at them, and the manifest has a hash of every tensor.
 """
 
 from __future__ import annotations
 
 import math
-import pickle
 import struct
 from dataclasses import dataclass
+from typing import Any
+
+from checkpoint_tools.pickle_writer import Call, External, Name, pickled
 
 _STORAGES = {
     "BF16": ("BFloat16Storage", 2),
@@ -40,27 +42,31 @@ class Frame:
 
 def frame(dtype: str, shape: tuple[int, ...]) -> Frame:
     """The frame of a contiguous CPU tensor; `dtype` as safetensors writes it, one of BF16, F16, F32, F64."""
-    num_bytes = math.prod(shape) * item_size(dtype)
+    num_elements = math.prod(shape)
+    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    storage = External(("storage", Name("torch", _STORAGES[dtype][0]), "0", "cpu", num_elements))
+    no_hooks = Call(Name("collections", "OrderedDict"), ())
+    tensor = Call(Name("torch._utils", "_rebuild_tensor_v2"), (storage, 0, shape, strides, False, no_hooks))
+    return _frame(pickled(tensor), num_elements * item_size(dtype))
+
+
+def archive(value: Any) -> bytes:
+    """An archive of an object without tensors, as `pickle_writer` describes it."""
+    around = _frame(pickled(value), None)
+    return around.before + around.after
+
+
+def _frame(pickle: bytes, num_bytes: int | None) -> Frame:
+    """Around the one storage of so many bytes, if there is one; it is the last record."""
+    records: list[tuple[str, bytes | None]] = [("data.pkl", pickle), ("byteorder", b"little"), ("version", b"3\n")]
+    if num_bytes is not None:
+        records.append(("data/0", None))
     before, directory = b"", b""
-    files = [("data.pkl", _pickled(dtype, shape)), ("byteorder", b"little"), ("version", b"3\n"), ("data/0", None)]
-    for name, content in files:
+    for name, content in records:
         path = f"archive/{name}".encode()
-        size = num_bytes if content is None else len(content)
+        size = len(content) if content is not None else num_bytes
         fields = struct.pack("<HHHHHIIIHH", 0, _UTF8_NAMES, 0, 0, _EARLIEST_DATE, 0, size, size, len(path), 0)
         directory += struct.pack("<IH", _CENTRAL, 0) + fields + struct.pack("<HHHII", 0, 0, 0, 0, len(before)) + path
         before += struct.pack("<I", _LOCAL) + fields + path + (content or b"")
-    end = struct.pack("<IHHHHIIH", _END, 0, 0, len(files), len(files), len(directory), len(before) + num_bytes, 0)
-    return Frame(before, directory + end)
-
-
-def _pickled(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """What torch pickles for a tensor: a call of _rebuild_tensor_v2 on storage "0"."""
-    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-    storage = _ops("storage") + b"ctorch\n%s\n" % _STORAGES[dtype][0].encode() + _ops("0") + _ops("cpu") + _ops(math.prod(shape))
-    arguments = b"((" + storage + b"tQ" + _ops(0) + _ops(shape) + _ops(strides) + _ops(False) + b"ccollections\nOrderedDict\n)Rt"
-    return b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"R."
-
-
-def _ops(value: object) -> bytes:
-    """The pickle opcodes that push a value."""
-    return pickle.dumps(value, protocol=2)[2:-1]
+    start = len(before) + (num_bytes or 0)
+    return Frame(before, directory + struct.pack("<IHHHHIIH", _END, 0, 0, len(records), len(records), len(directory), start, 0))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import math
+import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from safetensors import SafetensorError, safe_open
+from typing import TYPE_CHECKING
 
 from dapo_megatron.types import CheckpointError, MappingError
 from dapo_megatron.weights.codecs import FP8, Block, block_of, dequantise, scale_name, scale_shape, scale_slices
+from dapo_megatron.weights.hf_headers import TORCH_DTYPES, HfTensor, read_header
 from dapo_megatron.weights.plan import ModelMapping
 
 if TYPE_CHECKING:
@@ -24,6 +26,10 @@ logger = logging.getLogger(__name__)
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+TORCH_FILE = "pytorch_model.bin"
+TORCH_INDEX_FILE = "pytorch_model.bin.index.json"
+_BLOCK_BYTES = 16 * 2**20
+"""Of rows of which only some columns are wanted."""
 
 _FLOAT_DTYPES = ("F32", "BF16", "F16")
 _EMBEDDING = "model.embed_tokens.weight"
@@ -35,24 +41,16 @@ _IGNORABLE = {
 """Pattern of a tensor that may be in the files though the model does not have it -> why."""
 
 
-@dataclass(frozen=True, slots=True)
-class HfTensor:
-    """Header of one tensor: `dtype` as safetensors writes it (F32, BF16, F16, ...), `file` within the directory."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    file: str
-
-
 class HfFiles:
-    """The safetensors weights of an HF directory, one file or sharded with an index. Only headers are read up front.
+    """The weights of an HF directory, safetensors or else pytorch_model.bin, one file or sharded with an index.
+
+    Only headers are read up front. A read touches no more memory than it returns, and a block: files are not mapped.
 
     Block-scaled FP8 weights come out in bf16. CheckpointError when files are missing or unreadable.
     """
 
     def __init__(self, directory: Path | str) -> None:
         self.directory = Path(directory)
-        self._open_files: dict[str, Any] = {}
         self.tensors: Mapping[str, HfTensor] = self._read_headers()
 
     def read(self, name: str, slices: tuple[slice, ...] | None = None) -> torch.Tensor:
@@ -76,12 +74,31 @@ class HfFiles:
         return block
 
     def _read(self, name: str, slices: tuple[slice, ...] | None) -> torch.Tensor:
-        file = self.tensors[name].file
-        if file not in self._open_files:
-            self._open_files[file] = self._open(file, framework="pt")
-        if slices is None:
-            return self._open_files[file].get_tensor(name)
-        return self._open_files[file].get_slice(name)[slices]
+        import torch
+
+        header = self.tensors[name]
+        shape = header.shape or (1,)
+        wanted = (slice(*part.indices(size)) for part, size in zip(slices or [slice(None)] * len(shape), shape, strict=True))
+        rows, *columns = wanted
+        inner = shape[1:]
+        result = torch.empty(
+            (rows.stop - rows.start, *(part.stop - part.start for part in columns)),
+            dtype=getattr(torch, TORCH_DTYPES[header.dtype]),
+        )
+        row_bytes = math.prod(inner) * result.itemsize
+        is_whole = all((part.start, part.stop) == (0, size) for part, size in zip(columns, inner, strict=True))
+        rows_at_once = len(result) if is_whole else max(1, _BLOCK_BYTES // row_bytes)
+        path = self.directory / header.file
+        with _reading(path), path.open("rb", buffering=0) as file:
+            for row0 in range(0, len(result), rows_at_once):
+                target = result[row0 : row0 + rows_at_once]
+                block = target if is_whole else torch.empty((len(target), *inner), dtype=result.dtype)
+                view = memoryview(block.view(-1).view(torch.uint8).numpy())
+                if _read_into(file, view, header.offset + (rows.start + row0) * row_bytes) != len(view):
+                    raise CheckpointError(f"{path} ends within {name}: it is truncated; get the file again")
+                if not is_whole:
+                    target.copy_(block[(slice(None), *columns)])
+        return result if header.shape else result[0]
 
     def check(self, mapping: ModelMapping) -> dict[str, str]:
         """Raise MappingError unless the files hold exactly the mapping's HF tensors, in its shapes and a float dtype.
@@ -107,7 +124,7 @@ class HfFiles:
                 )
         scales = {scale_name(name) for name in mapping.hf_tensors if self.tensors[name].dtype == FP8}
         others = [name for name in self.tensors if name not in mapping.hf_tensors and name not in scales]
-        ignored = {name: self._why_ignorable(name, mapping) for name in others}
+        ignored = {name: self.why_ignorable(name, mapping) for name in others}
         for name, reason in ignored.items():
             logger.warning("%s: %s is not loaded: %s", self.directory, name, reason)
         return ignored
@@ -121,7 +138,8 @@ class HfFiles:
                 "get the complete checkpoint"
             )
 
-    def _why_ignorable(self, name: str, mapping: ModelMapping) -> str:
+    def why_ignorable(self, name: str, mapping: ModelMapping) -> str:
+        """Why a tensor that the mapping does not have is left out. MappingError when it must not be."""
         for pattern, reason in (_IGNORABLE | dict(mapping.skipped)).items():
             if re.fullmatch(pattern, name):
                 if name == _TIED_HEAD:
@@ -149,36 +167,55 @@ class HfFiles:
     def _read_headers(self) -> dict[str, HfTensor]:
         tensors: dict[str, HfTensor] = {}
         for file, expected_names in self._files().items():
-            handle = self._open(file, framework="numpy")
-            names = set(handle.keys()) if expected_names is None else expected_names
-            if missing := sorted(names - set(handle.keys())):
+            held = read_header(self.directory, file)
+            names = held.keys() if expected_names is None else expected_names
+            if missing := sorted(names - held.keys()):
                 raise CheckpointError(
-                    f"{self.directory / file} lacks {missing[0]}, which {INDEX_FILE} places there; get the files again"
+                    f"{self.directory / file} lacks {missing[0]}, which the index places there; get the files again"
                 )
-            for name in sorted(names):
-                header = handle.get_slice(name)
-                tensors[name] = HfTensor(tuple(header.get_shape()), header.get_dtype(), file)
+            tensors |= {name: held[name] for name in sorted(names)}
         return tensors
 
     def _files(self) -> Mapping[str, set[str] | None]:
         """File -> the tensors the index places there; None: all it holds."""
-        if (self.directory / SINGLE_FILE).is_file():
-            return {SINGLE_FILE: None}
-        if (self.directory / INDEX_FILE).is_file():
-            files: dict[str, set[str]] = {}
-            for name, file in json.loads((self.directory / INDEX_FILE).read_text())["weight_map"].items():
-                files.setdefault(file, set()).add(name)
-            return files
-        if any(self.directory.glob("pytorch_model*.bin*")):
-            raise CheckpointError(
-                f"{self.directory} has only pytorch_model.bin; weights must be safetensors: convert it with save_pretrained"
-            )
+        for single, index in ((SINGLE_FILE, INDEX_FILE), (TORCH_FILE, TORCH_INDEX_FILE)):
+            if (self.directory / single).is_file():
+                return {single: None}
+            if (self.directory / index).is_file():
+                return _read_index(self.directory / index)
         raise CheckpointError(
-            f"{self.directory} must have {SINGLE_FILE} or {INDEX_FILE}; model.path must be an HF directory with weights"
+            f"{self.directory} must have {SINGLE_FILE}, {TORCH_FILE} or an index of either; give an HF directory with weights"
         )
 
-    def _open(self, file: str, framework: str) -> Any:
-        try:
-            return safe_open(self.directory / file, framework=framework)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self.directory / file} cannot be read ({error}); get the file again") from error
+
+def _read_index(path: Path) -> dict[str, set[str] | None]:
+    files: dict[str, set[str]] = {}
+    with _reading(path):
+        text = path.read_text()
+    try:
+        for name, file in json.loads(text)["weight_map"].items():
+            if Path(file).name != file:
+                raise CheckpointError(f"{path} places {name} in {file!r}, which must be a file beside it; get the files again")
+            files.setdefault(file, set()).add(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is no index of weights ({error!r}); get the file again") from error
+    return dict(files)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk") from error
+
+
+def _read_into(file: io.FileIO, target: memoryview, offset: int) -> int:
+    """Fill `target` from `offset` on; the bytes read, fewer only where the file ends."""
+    done = 0
+    while done < len(target):
+        count = os.preadv(file.fileno(), [target[done:]], offset + done)
+        if count == 0:
+            break
+        done += count
+    return done

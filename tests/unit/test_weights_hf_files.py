@@ -113,13 +113,63 @@ def test_reading_a_tensor_that_is_not_there_is_refused(tmp_path, tensors):
 
 
 def test_directory_without_weights_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"must have model\.safetensors or model\.safetensors\.index\.json"):
+    with pytest.raises(CheckpointError, match=r"must have model\.safetensors, pytorch_model\.bin or an index of either"):
         HfFiles(tmp_path)
 
 
-def test_pytorch_bin_is_refused_with_the_remedy(tmp_path):
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"only pytorch_model\.bin.*save_pretrained"):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_pytorch_bin_is_read_by_slices(tmp_path, tensors, mapping, sharded):
+    names = list(tensors)
+    files = {"a.bin": names[:5], "b.bin": names[5:]} if sharded else {"pytorch_model.bin": names}
+    for file, of_file in files.items():
+        torch.save({name: tensors[name] for name in of_file}, tmp_path / file)
+    weight_map = {name: file for file, of_file in files.items() for name in of_file}
+    if sharded:
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    read = HfFiles(tmp_path)
+    assert read.check(mapping) == {}
+    for name, tensor in tensors.items():
+        assert torch.equal(read.read(name), tensor)
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(read.read(name, (slice(3, 9), slice(4, 8))), tensors[name][3:9, 4:8])
+
+
+class Command:
+    def __reduce__(self):
+        return print, ("unpickled",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model.norm.weight": Command()}, r"pytorch_model\.bin holds more than weights.*save_pretrained"),
+        ([torch.zeros(2)], r"pytorch_model\.bin holds a list, and must hold tensors by name"),
+        ({"model.norm.weight": torch.zeros(4, 4).t()}, r"model\.norm\.weight must be a contiguous tensor"),
+        ({"model.norm.weight": 3}, r"model\.norm\.weight must be a contiguous tensor"),
+    ],
+)
+def test_pytorch_bin_with_anything_but_plain_weights_is_refused(tmp_path, capsys, content, message):
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=message):
+        HfFiles(tmp_path)
+    assert "unpickled" not in capsys.readouterr().out
+
+
+def test_damaged_pytorch_bin_is_named(tmp_path, tensors):
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    content = (tmp_path / "pytorch_model.bin").read_bytes()
+    for damaged in (content[:-100], content[:100], b""):
+        (tmp_path / "pytorch_model.bin").write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"pytorch_model\.bin cannot be read .*get the file again"):
+            HfFiles(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"weight_map": {"a": "../model.safetensors"}}', '{"weight_map": {"a": 1}}']
+)
+def test_an_index_that_is_none_is_named(tmp_path, content):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"index\.json (is no index of weights|places a in)"):
         HfFiles(tmp_path)
 
 
