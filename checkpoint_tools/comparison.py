@@ -15,6 +15,7 @@ import xxhash
 
 from checkpoint_tools.spans import ITEMSIZE, SpanReader, SpanTensor
 from checkpoint_tools.worker_pool import Report
+from dapo_megatron.weights.hf_headers import TORCH_DTYPES
 
 _MAX_BAND_BYTES = 16 * 2**20
 _COPIES_AT_ONCE = 8
@@ -48,6 +49,21 @@ class HfRows:
 
 
 Rows = SpanRows | HfRows
+_KINDS = {
+    "F16": "f2",
+    "F32": "f4",
+    "F64": "f8",
+    "BOOL": "u1",
+    "U8": "u1",
+    "I8": "i1",
+    "U16": "u2",
+    "I16": "i2",
+    "U32": "u4",
+    "I32": "i4",
+    "U64": "u8",
+    "I64": "i8",
+}
+"""dtype as safetensors names it -> numpy's name, where it has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +139,9 @@ def as_numbers(raw: np.ndarray, dtype: str) -> np.ndarray:
         case "F8_E4M3" | "F8_E5M2":
             import torch
 
-            kind = torch.float8_e4m3fn if dtype == "F8_E4M3" else torch.float8_e5m2
-            return torch.from_numpy(raw).view(kind).double().numpy()
-    kinds = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "BOOL": np.uint8}
-    kind = kinds.get(dtype) or np.dtype(f"{'u' if dtype.startswith('U') else 'i'}{ITEMSIZE[dtype]}")
-    return raw.view(kind).astype(np.float64)
+            numbers: np.ndarray = torch.from_numpy(raw).view(getattr(torch, TORCH_DTYPES[dtype])).double().numpy()
+            return numbers
+    return raw.view(_KINDS[dtype]).astype(np.float64)
 
 
 def round_to(numbers: np.ndarray, dtype: str) -> np.ndarray:

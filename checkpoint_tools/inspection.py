@@ -5,17 +5,20 @@ from __future__ import annotations
 import fnmatch
 import json
 import math
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from rich.console import Console
 from rich.table import Table
 
 from checkpoint_tools.byte_sizes import format_bytes
+from checkpoint_tools.errors import reading
 from checkpoint_tools.locate import Place, locate
+from checkpoint_tools.safe_pickle import DTYPES, Namespace, StoredTensor, load_common
 from checkpoint_tools.spans import ITEMSIZE
 from checkpoint_tools.torch_dist import TorchDistReader, TorchDistTensor
 from dapo_megatron.types import CheckpointError, MappingError
@@ -58,7 +61,7 @@ class Report:
     step: int | None
     tensors: tuple[TensorInfo, ...]
     files: Mapping[str, int]
-    settings: Mapping[str, Any]
+    settings: Mapping[str, int]
     num_optimizer_tensors: int
     optimizer_bytes: int
     objects: tuple[str, ...]
@@ -128,29 +131,80 @@ def _inspect_torch_dist(place: Place) -> Report:
     if place.sealed and beside.is_dir():
         with TorchDistReader(beside) as reader:
             of_optimizer += reader.tensors.values()
-    recorded = vars(arguments) if hasattr(arguments, "__dict__") else {}
-    settings = {name: recorded[name] for name in _SIZES if isinstance(recorded.get(name), int)}
     return _report(
         place,
         [_info(tensor) for tensor in of_model],
-        settings=settings,
+        settings=_settings(arguments),
         step=step if isinstance(step, int) else None,
-        num_optimizer_tensors=len(of_optimizer),
-        optimizer_bytes=sum(tensor.num_bytes for tensor in of_optimizer),
+        optimizer=of_optimizer,
         objects=objects,
     )
 
 
 def _inspect_legacy(place: Place) -> Report:
-    raise CheckpointError(f"{place.root} is a legacy mp_rank_* checkpoint")
+    """The tensors of every rank's file, under the rank's name."""
+    tensors, settings, step = [], {}, place.step
+    for path in sorted(place.weights.glob("mp_rank_*/*.pt")):
+        with reading(path), path.open("rb") as file:
+            content = load_common(cast(BinaryIO, file), str(path))
+        if not isinstance(content, dict):
+            raise CheckpointError(
+                f"{path} holds a {type(content).__name__}, must hold Megatron-LM's dict; get the checkpoint again"
+            )
+        settings = _settings(content.get("args"))
+        step = content["iteration"] if isinstance(content.get("iteration"), int) else step
+        rank = path.parent.name
+        for part in sorted(name for name in content if re.fullmatch(r"model\d*", str(name))):
+            tensors += [_stored_info(f"{rank}.{name}", tensor, path) for name, tensor in _stored_tensors(content[part], part)]
+    return _report(place, tensors, settings=settings, step=step)
 
 
-def _report(place: Place, tensors: list[TensorInfo], *, settings: Mapping[str, Any], **others: Any) -> Report:
-    values = {"num_optimizer_tensors": 0, "optimizer_bytes": 0, "objects": (), "step": None} | others
-    files = {file.name: file.stat().st_size for file in sorted(place.weights.iterdir()) if file.is_file()}
-    step = place.step if place.step is not None else values.pop("step")
-    values.pop("step", None)
-    return Report(str(place.root), place.kind, _family(place), step, tuple(tensors), files, settings, **values)
+def _stored_tensors(value: Any, name: str) -> Iterator[tuple[str, StoredTensor]]:
+    if isinstance(value, StoredTensor):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from _stored_tensors(part, f"{name}.{key}")
+
+
+def _stored_info(name: str, tensor: StoredTensor, path: Path) -> TensorInfo:
+    dtype = DTYPES[tensor.dtype]
+    num_bytes = math.prod(tensor.shape) * ITEMSIZE[dtype]
+    return TensorInfo(name, tensor.shape, dtype, num_bytes, 1, (1,) * len(tensor.shape), (f"{path.parent.name}/{path.name}",))
+
+
+def _settings(arguments: Any) -> dict[str, int]:
+    recorded = vars(arguments) if isinstance(arguments, Namespace) else {}
+    return {name: recorded[name] for name in _SIZES if isinstance(recorded.get(name), int)}
+
+
+def _report(
+    place: Place,
+    tensors: list[TensorInfo],
+    *,
+    settings: Mapping[str, int],
+    step: int | None = None,
+    optimizer: Sequence[TorchDistTensor] = (),
+    objects: tuple[str, ...] = (),
+) -> Report:
+    files = {str(file.relative_to(place.weights)): file.stat().st_size for file in _files(place)}
+    return Report(
+        path=str(place.root),
+        kind=place.kind,
+        family=_family(place),
+        step=place.step if place.step is not None else step,
+        tensors=tuple(tensors),
+        files=files,
+        settings=settings,
+        num_optimizer_tensors=len(optimizer),
+        optimizer_bytes=sum(tensor.num_bytes for tensor in optimizer),
+        objects=objects,
+    )
+
+
+def _files(place: Place) -> list[Path]:
+    pattern = "mp_rank_*/*" if place.kind == "legacy" else "*"
+    return sorted(file for file in place.weights.glob(pattern) if file.is_file())
 
 
 def _info(tensor: TorchDistTensor) -> TensorInfo:
@@ -176,15 +230,9 @@ def _print(console: Console, report: Report, chosen: tuple[TensorInfo, ...]) -> 
     for line in _summary(report):
         console.print(f"  {line}", soft_wrap=True)
     table = Table(box=None, pad_edge=False)
-    for heading, justify in (
-        ("tensor", "left"),
-        ("shape", "left"),
-        ("dtype", "left"),
-        ("bytes", "right"),
-        ("pieces", "left"),
-        ("in", "left"),
-    ):
-        table.add_column(heading, justify=justify, overflow="fold", no_wrap=heading != "tensor")
+    for heading in ("tensor", "shape", "dtype", "bytes", "pieces", "in"):
+        right = heading == "bytes"
+        table.add_column(heading, justify="right" if right else "left", overflow="fold", no_wrap=heading != "tensor")
     for tensor in chosen:
         pieces = "1" if tensor.pieces == 1 else f"{tensor.pieces} ({' x '.join(map(str, tensor.cut))})"
         files = tensor.files[0] if len(tensor.files) == 1 else f"{len(tensor.files)} files"

@@ -29,9 +29,8 @@ from checkpoint_tools.worker_pool import Pool
 from dapo_megatron.types import ConfigError
 from dapo_megatron.weights.families import family_of
 from dapo_megatron.weights.hf_files import INDEX_FILE
+from dapo_megatron.weights.hf_headers import TORCH_DTYPES
 from dapo_megatron.weights.plan import compile_mapping
-
-_TORCH_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +115,7 @@ def changed_fields(export: Export) -> dict[str, Any]:
     bytes_of: Counter[str] = Counter()
     for name, tensor in export.source.tensors.items():
         bytes_of[export.dtypes[name]] += tensor.num_bytes
-    dtype = _TORCH_DTYPES.get(bytes_of.most_common(1)[0][0])
+    dtype = TORCH_DTYPES.get(bytes_of.most_common(1)[0][0])
     for name in ("dtype", "torch_dtype"):
         if name in export.hf_config and dtype is not None and export.hf_config[name] != dtype:
             changed[name] = dtype

@@ -12,25 +12,13 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from checkpoint_tools.torch_archive import TorchArchive
 from dapo_megatron.types import CheckpointError
+from dapo_megatron.weights.hf_headers import TORCH_DTYPES
 
-DTYPES = {
-    "bool": "BOOL",
-    "uint8": "U8",
-    "int8": "I8",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "int16": "I16",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int32": "I32",
-    "float32": "F32",
-    "int64": "I64",
-    "float64": "F64",
-}
+DTYPES = {torch_name: dtype for dtype, torch_name in TORCH_DTYPES.items()}
 """torch's name of a dtype -> safetensors'."""
 
 
@@ -144,13 +132,13 @@ def load_tensor_description(data: bytes, what: str) -> StoredTensor:
     return tensor
 
 
-def load_common(data: bytes, what: str) -> Any:
+def load_common(file: BinaryIO, what: str) -> Any:
     """A torch file of arguments and the like that Megatron-LM saves beside the tensors; tensors in it come out as `StoredTensor`.
 
     argparse.Namespace comes out as `Namespace`, objects of Megatron's own classes (enums, mostly) as `Inert`. CheckpointError
     names any other class.
     """
-    return _load(TorchArchive(io.BytesIO(data), what).read("data.pkl"), what, _common_name)
+    return _load(TorchArchive(file, what).read("data.pkl"), what, _common_name)
 
 
 class _Unpickler(pickle.Unpickler):

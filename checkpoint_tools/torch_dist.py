@@ -113,7 +113,7 @@ class TorchDistReader:
         stored = self.objects[key]
         buffer = np.empty(stored.num_bytes, dtype=np.uint8)
         self._reader.read_bytes(self.directory / stored.file, stored.start, buffer, key)
-        return load_common(buffer.tobytes(), f"{self.directory / stored.file}: {key}")
+        return load_common(io.BytesIO(buffer.tobytes()), f"{self.directory / stored.file}: {key}")
 
     @cached_property
     def common(self) -> Mapping[str, Any]:
@@ -122,7 +122,7 @@ class TorchDistReader:
         keys = [key for key in self.objects if key.startswith(_COMMON_OBJECT)]
         if not keys and not file.is_file():
             return {}
-        value = self.read_object(keys[0]) if keys else load_common(_read_file(file), str(file))
+        value = self.read_object(keys[0]) if keys else load_common(io.BytesIO(_read_file(file)), str(file))
         match value:
             case [dict(content)]:  # an object among the chunks is a list of what each rank holds of it
                 return content
