@@ -20,6 +20,8 @@ from dapo_megatron.types import CheckpointError
 _MAX_BAND_BYTES = 32 * 2**20
 _COPIES_AT_ONCE = 3
 """The rows, the bytes they were read from when these lie apart, and room for the file system's call."""
+MAX_BUFFER_BYTES = _MAX_BAND_BYTES * _COPIES_AT_ONCE
+"""Of one worker, whatever it may have."""
 
 
 @dataclass(frozen=True, slots=True)

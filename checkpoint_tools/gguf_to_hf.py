@@ -43,7 +43,11 @@ def run(options: Options) -> None:
         with writing(folder.path):
             shutil.rmtree(folder.path)
             folder.path.mkdir()
-            write_gguf_as_hf(file, folder.path)
+            try:
+                write_gguf_as_hf(file, folder.path)
+            except CheckpointError:
+                folder.discard()
+                raise
             manifest = _manifest_of(folder.path)
             manifest.write(folder.path)
             write_provenance(folder.path, **facts, fingerprint=manifest.fingerprint())

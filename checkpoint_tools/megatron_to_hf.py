@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import typer
 import xxhash
-from rich.console import Console
 
 from checkpoint_tools.byte_sizes import format_bytes
 from checkpoint_tools.conversion import Finished, presize, run_conversion
 from checkpoint_tools.disk_probe import probe_disks
 from checkpoint_tools.errors import writing
-from checkpoint_tools.export_worker import ExportTask, ExportWorker
+from checkpoint_tools.export_worker import MAX_BUFFER_BYTES, ExportTask, ExportWorker
 from checkpoint_tools.hf_companions import companion_files, copy_companions
 from checkpoint_tools.locate import Place, locate
 from checkpoint_tools.manifest import Manifest, TensorRecord, source_files, write_provenance
@@ -32,6 +33,8 @@ from dapo_megatron.weights.hf_files import INDEX_FILE
 from dapo_megatron.weights.hf_headers import TORCH_DTYPES
 from dapo_megatron.weights.plan import compile_mapping
 
+_INTERPRETER_BYTES = 64 * 2**20
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -46,6 +49,29 @@ class Options:
     dry_run: bool = False
     force: bool = False
     as_json: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What `--json` prints; `seconds` and `peak_memory_bytes` are predictions in a dry run."""
+
+    source: str
+    output: str
+    model_type: str
+    step: int | None
+    dry_run: bool
+    num_parameters: int
+    num_hf_tensors: int
+    num_settings_compared: int
+    notes: tuple[str, ...]
+    files: tuple[str, ...]
+    companions: tuple[str, ...]
+    num_kept: int
+    read_bytes: int
+    written_bytes: int
+    num_workers: int
+    peak_memory_bytes: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -171,59 +197,73 @@ def run(options: Options) -> None:
         raise ConfigError([f"--shard-size ({options.shard_bytes}) must be at least 1 byte"])
     export = plan_export(options.checkpoint, options.hf_config, options.shard_bytes)
     pool = Pool.choose(options.num_workers, options.max_memory, export.num_bytes)
-    written = sum(file.num_bytes for file in export.files.files)
-    check_room(options.out, written)
-    summary: dict[str, Any] = {
-        "checkpoint": str(export.place.root),
-        "step": export.place.step,
-        "family": family_of(export.hf_config).model_type,
-        "num_tensors": len(export.source.tensors),
-        "num_parameters": sum(tensor.num_bytes // tensor.itemsize for tensor in export.source.tensors.values()),
-        "read_bytes": export.num_bytes,
-        "written_bytes": written,
-        "files": [file.name for file in export.files.files],
-        "companions": [str(name) for name in companion_files(export.hf_dir)],
-        "num_settings_compared": export.num_checked,
-        "notes": export.notes(),
-        "num_workers": pool.num_workers,
-        "buffer_bytes": pool.max_memory,
-    }
+    written_bytes = sum(file.num_bytes for file in export.files.files)
+    check_room(options.out, written_bytes)
     if options.dry_run:
         first = next(span.file for tensor in export.source.tensors.values() for span in tensor.spans)
-        rates = probe_disks(first, options.out)
-        summary["predicted_seconds"] = round(rates.predicted_seconds(export.num_bytes, written), 1)
+        seconds = probe_disks(first, options.out).predicted_seconds(export.num_bytes, written_bytes)
+        finished = Finished({}, 0, _predicted_memory(pool))
     else:
+        start = time.perf_counter()
         finished = write_export(export, options.out, pool, force=options.force)
-        summary |= {"out": str(options.out), "num_kept": finished.num_kept, "peak_memory_bytes": finished.peak_memory_bytes}
-    if options.as_json:
-        print(json.dumps(summary, indent=2))
-    else:
-        _print(Console(highlight=False, soft_wrap=True), options, summary)
-
-
-def _print(console: Console, options: Options, summary: Mapping[str, Any]) -> None:
-    step = "" if summary["step"] is None else f", step {summary['step']}"
-    console.print(
-        f"{summary['checkpoint']}: {summary['family']}, {summary['num_parameters']:,} parameters, {summary['num_tensors']} tensors{step}"
+        seconds = time.perf_counter() - start
+    summary = Summary(
+        source=str(export.place.root),
+        output=str(options.out),
+        model_type=family_of(export.hf_config).model_type,
+        step=export.place.step,
+        dry_run=options.dry_run,
+        num_parameters=sum(tensor.num_bytes // tensor.itemsize for tensor in export.source.tensors.values()),
+        num_hf_tensors=len(export.source.tensors),
+        num_settings_compared=export.num_checked,
+        notes=tuple(export.notes()),
+        files=tuple(file.name for file in export.files.files),
+        companions=tuple(str(name) for name in companion_files(export.hf_dir)),
+        num_kept=finished.num_kept,
+        read_bytes=export.num_bytes,
+        written_bytes=written_bytes,
+        num_workers=pool.num_workers,
+        peak_memory_bytes=finished.peak_memory_bytes,
+        seconds=round(seconds, 2),
     )
-    compared = summary["num_settings_compared"]
-    console.print(f"proof: every tensor is saved exactly once; {compared} recorded settings agree with config.json")
-    for note in summary["notes"]:
-        console.print(f"  {note}")
-    files = f"{len(summary['files'])} file{'s' if len(summary['files']) > 1 else ''}"
-    if options.dry_run:
-        seconds = summary["predicted_seconds"]
-        console.print(
-            f"would read {format_bytes(summary['read_bytes'])} and write {format_bytes(summary['written_bytes'])} in {files} and "
-            f"{len(summary['companions'])} beside them, {summary['num_workers']} workers with buffers of "
-            f"{format_bytes(summary['buffer_bytes'])} at most, about {seconds} s by this disk's speed; nothing was written"
-        )
+    _show(summary, options.as_json)
+
+
+def _predicted_memory(pool: Pool) -> int:
+    buffers = min(MAX_BUFFER_BYTES, pool.memory_per_worker)
+    return pool.num_workers * (buffers + _INTERPRETER_BYTES) + _INTERPRETER_BYTES
+
+
+def _show(summary: Summary, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(asdict(summary), indent=1))
         return
-    kept = f", {summary['num_kept']} tensors kept from before" if summary["num_kept"] else ""
-    console.print(
-        f"wrote {summary['out']}: {format_bytes(summary['written_bytes'])} in {files}{kept}, "
-        f"peak memory {format_bytes(summary['peak_memory_bytes'])}"
+    step = "" if summary.step is None else f", step {summary.step}"
+    files = "1 file" if len(summary.files) == 1 else f"{len(summary.files)} files"
+    rows = [
+        ("model", f"{summary.model_type}, {summary.num_parameters:,} parameters in {summary.num_hf_tensors} HF tensors{step}"),
+        ("proof", f"each element saved once; {summary.num_settings_compared} recorded settings agree with config.json"),
+        *(("note", note) for note in summary.notes),
+        ("reads", f"{format_bytes(summary.read_bytes)} from {summary.source}"),
+        (
+            "writes",
+            f"{format_bytes(summary.written_bytes)} in {files} to {summary.output}, {len(summary.companions)} files beside them",
+        ),
+    ]
+    if summary.num_kept:
+        rows.append(("resumed", f"{summary.num_kept} of {summary.num_hf_tensors} HF tensors were there and in order"))
+    rows.append(
+        (
+            "memory",
+            f"{format_bytes(summary.peak_memory_bytes)} at most, {summary.num_workers} workers and all interpreters together",
+        )
     )
+    if summary.dry_run:
+        rows.append(("time", f"about {summary.seconds:.0f} s by a short probe of the disk; nothing was written"))
+    else:
+        rows.append(("time", f"{summary.seconds:.1f} s, {format_bytes(summary.written_bytes / summary.seconds)}/s"))
+    for name, text in rows:
+        typer.echo(f"{name:>10}  {text}")
 
 
 def _identity(export: Export) -> dict[str, Any]:

@@ -128,6 +128,11 @@ class OutputFolder:
             self.close()
             shutil.rmtree(self._partial)
 
+    def discard(self) -> None:
+        """Throw away what was made: there is nothing to go on from."""
+        self.close()
+        shutil.rmtree(self._partial)
+
     def close(self) -> None:
         """Let go of the journal."""
         self._journal.close()

@@ -14,6 +14,7 @@ from dapo_megatron.config.schema import Config
 from dapo_megatron.types import OptimizerStepBatch, TrainBatch, TrainSample
 from tests.distributed import oracle, programs
 from tests.distributed.ranks import run_ranks
+from tests.tools import Tool
 
 pytestmark = [
     pytest.mark.smollm2,
@@ -53,3 +54,20 @@ def test_log_probs_of_a_real_model_agree_with_transformers(model: Path, layout: 
     with torch.no_grad():
         expected = torch.cat([oracle.sequence_log_probs(reference, sample) for sample in samples])
     np.testing.assert_allclose(packed, expected.numpy(), atol=1e-4)
+
+
+@pytest.mark.timeout(300)
+def test_the_checkpoint_tools_bring_a_real_model_back_bit_exact(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    tool, megatron, back = Tool(monkeypatch, capsys), tmp_path / "megatron", tmp_path / "back"
+    assert tool("hf-to-megatron", model, megatron, "--workers", 1).code == 0
+    assert tool("megatron-to-hf", megatron, back, "--shard-size", "200MB", "--workers", 1).code == 0
+    assert len(list(back.glob("model-*-of-00003.safetensors"))) == 3
+    for a, num_hashes in ((megatron, 544), (model, 272)):
+        outcome = tool("verify", a, back, "--workers", 1)
+        assert outcome.code == 0, outcome.out
+        assert "bit-exact: 272 of 272 tensors, 538 MB each" in outcome.out
+        assert f"{num_hashes} hashes agree with what was recorded" in outcome.out
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (back / name).read_bytes() == (model / name).read_bytes()

@@ -154,7 +154,7 @@ def test_a_dry_run_proves_and_writes_nothing(tool: Tool, tmp_path: Path, hf_dir:
     options = ("--hf-config", hf_dir, "--dry-run", "--json")
     summary = json.loads(tool("megatron-to-hf", checkpoint, tmp_path / "out", *options).out)
     assert summary["read_bytes"] == sum(tensor.nbytes for tensor in weights(hf_dir).values())
-    assert summary["predicted_seconds"] >= 0 and summary["files"] == ["model.safetensors"]
+    assert summary["seconds"] >= 0 and summary["dry_run"] and summary["files"] == ["model.safetensors"]
     assert summary["num_settings_compared"] > 10
     assert not list(tmp_path.iterdir())
 
@@ -233,7 +233,9 @@ def plant_in_tensor(checkpoint: Path, hf_dir: Path) -> str:
 def disagree(checkpoint: Path, hf_dir: Path) -> str:
     arguments = arguments_of(hf_dir) | {"num_query_groups": 8, "rotary_base": 500000}
     torch.save({"args": argparse.Namespace(**arguments)}, checkpoint / "common.pt")
-    return "num_query_groups is 8 in the checkpoint, 4 by config.json; rotary_base is 500000 in the checkpoint, 10000 by config.json"
+    return (
+        "num_query_groups is 8 in the checkpoint, 4 by config.json; rotary_base is 500000 in the checkpoint, 10000 by config.json"
+    )
 
 
 def use_larger_config(checkpoint: Path, hf_dir: Path) -> str:
