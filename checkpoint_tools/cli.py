@@ -38,7 +38,7 @@ mend the input. 130: interrupted; the same command goes on.
 )
 
 Workers = Annotated[
-    int | None, typer.Option("--workers", min=1, help="Processes. Default: one a processor, at most 8.", show_default=False)
+    int | None, typer.Option("--workers", help="Processes. Default: one a processor, at most 8.", show_default=False)
 ]
 MaxMemory = Annotated[
     str, typer.Option("--max-memory", metavar="SIZE", help="Of all buffers together, e.g. 8GiB; whatever the model's size.")

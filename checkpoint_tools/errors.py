@@ -30,15 +30,17 @@ def reading(path: Path | str) -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path | str) -> Iterator[None]:
-    """Turn the system's refusal to write `path` into a WriteError with the remedy."""
+    """Turn the system's refusal to write `path` into a WriteError with the remedy, CheckpointError when that is another folder."""
     try:
         yield
     except OSError as error:
         where = error.filename or path
+        if error.errno in _NO_PERMISSION:
+            raise CheckpointError(
+                f"{where} cannot be written ({error.strerror}); choose a folder that you may write to"
+            ) from error
         if error.errno in _NO_SPACE:
             remedy = "free some space or raise the quota, then run the same command again: finished tensors are kept"
-        elif error.errno in _NO_PERMISSION:
-            remedy = "choose a folder that you may write to"
         else:
             remedy = "check the disk, then run the same command again: finished tensors are kept"
         raise WriteError(f"{where} cannot be written ({error.strerror}); {remedy}") from error

@@ -178,10 +178,12 @@ class HfFiles:
 
     def _files(self) -> Mapping[str, set[str] | None]:
         """File -> the tensors the index places there; None: all it holds."""
+        with _reading(self.directory):
+            names = {path.name for path in self.directory.iterdir()}
         for single, index in ((SINGLE_FILE, INDEX_FILE), (TORCH_FILE, TORCH_INDEX_FILE)):
-            if (self.directory / single).is_file():
+            if single in names:
                 return {single: None}
-            if (self.directory / index).is_file():
+            if index in names:
                 return _read_index(self.directory / index)
         raise CheckpointError(
             f"{self.directory} must have {SINGLE_FILE}, {TORCH_FILE} or an index of either; give an HF directory with weights"

@@ -53,13 +53,14 @@ def read_header(directory: Path, file: str) -> dict[str, HfTensor]:
 def _safetensors(directory: Path, file: str) -> dict[str, HfTensor]:
     path = directory / file
     try:
-        with safe_open(path, framework="numpy"):  # checks the header against itself and the size of the file
-            pass
         with path.open("rb") as content:
+            with safe_open(path, framework="numpy"):  # checks the header against itself and the size of the file
+                pass
             length = int.from_bytes(content.read(8), "little")
             header = json.loads(content.read(length))
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); get the file again") from error
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise CheckpointError(f"{path} cannot be read ({reason}); get the file again") from error
     return {
         name: HfTensor(tuple(entry["shape"]), entry["dtype"], file, 8 + length + entry["data_offsets"][0])
         for name, entry in header.items()
