@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from checkpoint_tools.errors import WriteError
+from checkpoint_tools.errors import InterruptedWork, WriteError
 from dapo_megatron.types import ConfigError, DapoMegatronError
 
 EXIT_FAILED = 1
@@ -59,7 +59,16 @@ def main() -> None:
     except DapoMegatronError as error:
         for problem in error.problems if isinstance(error, ConfigError) else [str(error)]:
             typer.secho(f"error: {problem}", fg="red", err=True)
-        raise SystemExit(EXIT_FAILED if isinstance(error, WriteError) else EXIT_BAD_INPUT) from None
+        raise SystemExit(_exit_code(error)) from None
+
+
+def _exit_code(error: DapoMegatronError) -> int:
+    match error:
+        case InterruptedWork():
+            return EXIT_INTERRUPTED
+        case WriteError():
+            return EXIT_FAILED
+    return EXIT_BAD_INPUT
 
 
 @app.command("hf-to-megatron")

@@ -17,6 +17,10 @@ class WriteError(DapoMegatronError):
     """Work began and could not go on. What was finished is kept; the same command continues."""
 
 
+class InterruptedWork(WriteError):
+    """ctrl-c."""
+
+
 @contextmanager
 def reading(path: Path | str) -> Iterator[None]:
     """Turn the system's refusal to read `path` into a CheckpointError that names it."""

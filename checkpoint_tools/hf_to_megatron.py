@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import typer
 
-from checkpoint_tools.byte_sizes import format_bytes
+from checkpoint_tools.byte_sizes import count, format_bytes
 from checkpoint_tools.conversion import Finished, presize, run_conversion
 from checkpoint_tools.disk_probe import probe_disks
 from checkpoint_tools.errors import writing
@@ -245,24 +245,32 @@ def _show(summary: Summary, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(asdict(summary), indent=1))
         return
-    lines = {
-        "model": f"{summary.model_type}, {summary.num_parameters:,} parameters in {summary.num_hf_tensors} HF tensors, each mapped once",
-        "reads": f"{format_bytes(summary.read_bytes)} from {summary.source}",
-        "writes": f"{format_bytes(summary.written_bytes)} in {summary.num_files} files to {summary.output}",
-        "resumed": f"{summary.num_kept} of {summary.num_megatron_tensors} megatron-core tensors were there and in order"
-        if summary.num_kept
-        else "",
-        **{f"left out {count}": f"{first}: {reason}" for (reason, (count, first)) in _skipped_by_reason(summary.skipped).items()},
-        "memory": f"{format_bytes(summary.peak_memory_bytes)} at most, {summary.num_workers} workers and all interpreters together",
-        "time": f"about {summary.seconds:.0f} s by a short probe of the disk; nothing was written"
-        if summary.dry_run
-        else f"{summary.seconds:.1f} s, {format_bytes(summary.written_bytes / summary.seconds)}/s",
-        "load with": ""
-        if summary.dry_run
-        else f"--load {summary.output} --use-checkpoint-args (Megatron-LM), or {summary.output}/{RELEASE}",
-    }
-    for name, text in lines.items():
-        if text:
+    is_done = not summary.dry_run
+    time_taken = f"{summary.seconds:.1f} s, {format_bytes(summary.written_bytes / summary.seconds)}/s"
+    time_predicted = f"about {summary.seconds:.0f} s by a short probe of the disk; nothing was written"
+    left_out = [
+        ("left out", f"{first}{f' and {number - 1} more' if number > 1 else ''}: {reason}")
+        for reason, (number, first) in _skipped_by_reason(summary.skipped).items()
+    ]
+    lines = [
+        (
+            "model",
+            f"{summary.model_type}, {summary.num_parameters:,} parameters in {summary.num_hf_tensors} HF tensors, each mapped once",
+        ),
+        *left_out,
+        ("reads", f"{format_bytes(summary.read_bytes)} from {summary.source}"),
+        ("writes", f"{format_bytes(summary.written_bytes)} in {count(summary.num_files, 'file')} to {summary.output}"),
+        ("resumed", f"{summary.num_kept} of {summary.num_megatron_tensors} megatron-core tensors were there and in order"),
+        (
+            "memory",
+            f"{format_bytes(summary.peak_memory_bytes)} at most, {count(summary.num_workers, 'worker')} and all interpreters together",
+        ),
+        ("time", time_taken if is_done else time_predicted),
+        ("load with", f"--load {summary.output} --use-checkpoint-args (Megatron-LM), or {summary.output}/{RELEASE}"),
+    ]
+    hidden = {"resumed": not summary.num_kept, "load with": summary.dry_run}
+    for name, text in lines:
+        if not hidden.get(name):
             typer.echo(f"{name:>10}  {text}")
 
 

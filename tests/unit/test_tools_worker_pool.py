@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from checkpoint_tools.errors import WriteError
+from checkpoint_tools.conversion import run_conversion
+from checkpoint_tools.errors import InterruptedWork, WriteError
+from checkpoint_tools.output_folder import open_output
 from checkpoint_tools.worker_pool import Pool, Report, run_tasks
 from dapo_megatron.types import CheckpointError, ConfigError
 
@@ -81,3 +84,21 @@ def test_too_little_memory_for_the_workers_is_refused():
 def test_small_work_gets_one_worker():
     assert Pool.choose(None, 2**30, num_bytes=1000).num_workers == 1
     assert Pool.choose(3, 2**30, num_bytes=1000).num_workers == 3
+
+
+def test_an_interrupted_conversion_says_how_far_it_is_and_goes_on(tmp_path: Path):
+    class Interrupted(Squares):
+        def work(self, task: Square, report: Report) -> Any:
+            if task.number == 3:
+                raise KeyboardInterrupt
+            return super().work(task, report)
+
+    tasks = [Square(number) for number in range(5)]
+    with (
+        open_output(tmp_path / "out", {}, force=False) as folder,
+        pytest.raises(InterruptedWork, match="after 3 of 5 .* to go on"),
+    ):
+        run_conversion("squares", folder, pool(1), Interrupted, tasks)
+    with open_output(tmp_path / "out", {}, force=False) as folder:
+        finished = run_conversion("squares", folder, pool(1), Squares, tasks)
+    assert finished.num_kept == 3 and finished.records["square 4"][0] == 16
