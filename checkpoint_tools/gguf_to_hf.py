@@ -54,7 +54,7 @@ def run(options: Options) -> None:
         folder.finish()
     num_bytes = sum(path.stat().st_size for path in options.out.glob("*.safetensors"))
     if options.as_json:
-        print(
+        typer.echo(
             json.dumps(
                 {"source": str(file), "out": str(options.out), "num_tensors": len(manifest.tensors), "written_bytes": num_bytes}
             )

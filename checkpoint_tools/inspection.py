@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -96,7 +97,7 @@ def run(path: Path, pattern: str | None, *, as_json: bool) -> None:
     if pattern is not None and not chosen:
         raise CheckpointError(f"{path} has no tensor whose name fits {pattern!r}; try '*{pattern}*'")
     if as_json:
-        print(json.dumps({**report.as_json(), "tensors": [asdict(tensor) for tensor in chosen]}, indent=2))
+        typer.echo(json.dumps({**report.as_json(), "tensors": [asdict(tensor) for tensor in chosen]}, indent=1))
     else:
         console = Console(highlight=False)
         if not console.is_terminal:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import typer
 from rich.console import Console
 
 from checkpoint_tools.byte_sizes import format_bytes
 from checkpoint_tools.comparison import CompareTask, CompareWorker, Comparison, HfRows, Rows, SpanRows
+from checkpoint_tools.hf_companions import read_hf_config
 from checkpoint_tools.locate import Place, locate
+from checkpoint_tools.logits import LogitsComparison, check_size, compare_logits
 from checkpoint_tools.manifest import Manifest
 from checkpoint_tools.megatron_source import open_megatron
 from checkpoint_tools.model_check import check_model
@@ -129,14 +133,32 @@ def compare(a: Side, b: Side, pool: Pool) -> Verdict:
 def run(options: Options) -> bool:
     """The command; whether the two are equal. Prints a report, or one JSON object."""
     a, b = open_sides(options.a, options.b, options.hf_config)
+    if options.logits:
+        check_size(max(_num_elements(side) for side in (a, b)))
     num_bytes = sum(CompareTask(name, rows, rows).num_bytes // 2 for side in (a, b) for name, rows in side.tensors.items())
     verdict = compare(a, b, Pool.choose(options.num_workers, options.max_memory, num_bytes))
-    equal = not verdict.problems
+    logits = _compare_logits(a, b, options.hf_config) if options.logits else None
+    equal = not verdict.problems and (logits is None or logits.is_equal)
     if options.as_json:
-        print(json.dumps({"equal": equal, **asdict(verdict)}, indent=2))
+        value = {"equal": equal, **asdict(verdict), "logits": None if logits is None else asdict(logits)}
+        typer.echo(json.dumps(value, indent=1))
     else:
         _print(Console(highlight=False, soft_wrap=True), a, b, verdict)
+        if logits is not None:
+            typer.echo(
+                f"logits {'agree' if logits.is_equal else 'differ'}: {logits.num_positions} positions in fp32, largest difference "
+                f"{logits.max_difference:.2g} of {logits.largest_logit:.3g}, same choice at {logits.num_same_choice}"
+            )
     return equal
+
+
+def _compare_logits(a: Side, b: Side, hf_config: Path | None) -> LogitsComparison:
+    hf_dir = next(folder for folder in (hf_config, a.place.hf_dir, b.place.hf_dir) if folder is not None)
+    return compare_logits(a.place, b.place, hf_dir, read_hf_config(hf_dir)["vocab_size"])
+
+
+def _num_elements(side: Side) -> int:
+    return sum(math.prod(rows.shape) for rows in side.tensors.values())
 
 
 def _open_megatron_side(place: Place, hf_dir: Path | None) -> Side:
