@@ -17,7 +17,7 @@ from checkpoint_tools.spans import ITEMSIZE, SpanReader, SpanTensor
 from checkpoint_tools.worker_pool import Report
 from dapo_megatron.weights.hf_headers import TORCH_DTYPES
 
-_MAX_BAND_BYTES = 16 * 2**20
+_MAX_BAND_BYTES = 4 * 2**20
 _COPIES_AT_ONCE = 8
 """Two tensors, the bytes they were read from, and both in fp64 where they differ."""
 
@@ -102,6 +102,7 @@ class CompareWorker:
     def __init__(self, memory_bytes: int) -> None:
         self._band_bytes = min(memory_bytes // _COPIES_AT_ONCE, _MAX_BAND_BYTES)
         self._reader = SpanReader()
+        self._memory = tuple(np.empty(self._band_bytes, dtype=np.uint8) for _ in "ab")
 
     def work(self, task: CompareTask, report: Report) -> dict[str, Any]:
         """Read both tensors to the end."""
@@ -112,7 +113,7 @@ class CompareWorker:
         total = Comparison("", "")
         for row0 in range(0, rows, rows_at_once):
             row1 = min(row0 + rows_at_once, rows)
-            a, b = (self._read(side, row0, row1) for side in (task.a, task.b))
+            a, b = (self._read(*side, row0, row1) for side in zip((task.a, task.b), self._memory, strict=True))
             for running, band in zip(hashes, (a, b), strict=True):
                 running.update(band)
             if task.a.dtype != task.b.dtype or not np.array_equal(a, b):
@@ -124,10 +125,10 @@ class CompareWorker:
         """Nothing is kept between runs."""
         return False
 
-    def _read(self, side: Rows, row0: int, row1: int) -> np.ndarray:
+    def _read(self, side: Rows, memory: np.ndarray, row0: int, row1: int) -> np.ndarray:
         if isinstance(side, HfRows):
             return _read_hf(side, row0, row1)
-        rows = self._reader.read_rows(side.tensor, row0, row1)
+        rows = self._reader.read_rows(side.tensor, row0, row1, memory)
         return (rows >> 16).astype(np.uint16) if side.narrow else rows
 
 

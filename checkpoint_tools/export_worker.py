@@ -17,7 +17,8 @@ from checkpoint_tools.spans import SpanReader, SpanTensor, whole_span
 from checkpoint_tools.worker_pool import Report
 from dapo_megatron.types import CheckpointError
 
-_MAX_BAND_BYTES = 32 * 2**20
+_MAX_BAND_BYTES = 4 * 2**20
+"""Fits the processor's caches between reading, hashing and writing."""
 _COPIES_AT_ONCE = 3
 """The rows, the bytes they were read from when these lie apart, and room for the file system's call."""
 MAX_BUFFER_BYTES = _MAX_BAND_BYTES * _COPIES_AT_ONCE
@@ -51,13 +52,14 @@ class ExportWorker:
     def __init__(self, memory_bytes: int) -> None:
         self._band_bytes = min(memory_bytes // _COPIES_AT_ONCE, _MAX_BAND_BYTES)
         self._reader = SpanReader()
+        self._memory = np.empty(self._band_bytes, dtype=np.uint8)
         self._targets: dict[Path, int] = {}
 
     def work(self, task: ExportTask, report: Report) -> str:
         """Copy the tensor."""
         running, offset = xxhash.xxh3_128(), task.offset
         for row0, row1 in task.tensor.bands(self._band_bytes):
-            rows = self._reader.read_rows(task.tensor, row0, row1)
+            rows = self._reader.read_rows(task.tensor, row0, row1, self._memory)
             if task.narrow:
                 rows = _narrowed(rows, task.name)
             running.update(rows)

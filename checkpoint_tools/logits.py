@@ -44,21 +44,14 @@ def check_size(num_parameters: int) -> None:
         raise ConfigError([problem])
 
 
-def compare_logits(a: Place, b: Place, hf_dir: Path, vocab_size: int) -> LogitsComparison:
-    """Run both, one after the other. `hf_dir` has the config.json of a Megatron side."""
+def sample_sequences(vocab_size: int) -> list[np.ndarray]:
+    """Token ids to compare at, always the same."""
     random = np.random.default_rng(0)
-    sequences = [random.integers(0, vocab_size, length) for length in _LENGTHS]
-    first, second = (np.concatenate(_logits(place, hf_dir, sequences)) for place in (a, b))
-    return LogitsComparison(
-        num_positions=len(first),
-        max_difference=float(np.abs(first - second).max()),
-        largest_logit=float(max(np.abs(first).max(), np.abs(second).max())),
-        num_same_choice=int((first.argmax(axis=1) == second.argmax(axis=1)).sum()),
-    )
+    return [random.integers(0, vocab_size, length) for length in _LENGTHS]
 
 
-def _logits(place: Place, hf_dir: Path, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """[T, V] a sequence."""
+def logits_of(place: Place, hf_dir: Path, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """fp32 logits [T, V] a sequence. `hf_dir` has the config.json of a Megatron checkpoint."""
     if place.kind == "hf":
         return _hf_logits(place.weights, sequences)
     from dapo_megatron.actor import cpu_adapter
@@ -69,6 +62,17 @@ def _logits(place: Place, hf_dir: Path, sequences: Sequence[np.ndarray]) -> list
     with TorchDistReader(place.weights) as reader:
         stacked = any(_STACKED_LAYERS.fullmatch(key) for key in reader.tensors)
     return checkpoint_logits(hf_dir, place.weights, sequences, stacked_layers=stacked)
+
+
+def compare_logits(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> LogitsComparison:
+    """Logits of the same sequences from both sides."""
+    first, second = np.concatenate(a), np.concatenate(b)
+    return LogitsComparison(
+        num_positions=len(first),
+        max_difference=float(np.abs(first - second).max()),
+        largest_logit=float(max(np.abs(first).max(), np.abs(second).max())),
+        num_same_choice=int((first.argmax(axis=1) == second.argmax(axis=1)).sum()),
+    )
 
 
 def _hf_logits(directory: Path, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:

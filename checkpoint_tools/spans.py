@@ -96,10 +96,16 @@ class SpanReader:
     def __init__(self) -> None:
         self._descriptors: dict[Path, int] = {}
 
-    def read_rows(self, tensor: SpanTensor, row0: int, row1: int) -> np.ndarray:
-        """Rows [row0, row1) as unsigned integers, (rows, columns), contiguous. CheckpointError when a file ends too early."""
-        itemsize = tensor.itemsize
-        result = np.empty((row1 - row0, tensor.columns), dtype=_UNSIGNED[itemsize])
+    def read_rows(self, tensor: SpanTensor, row0: int, row1: int, memory: np.ndarray | None = None) -> np.ndarray:
+        """Rows [row0, row1) as unsigned integers, (rows, columns), contiguous. CheckpointError when a file ends too early.
+
+        `memory`, uint8, is where they are put if they fit: fresh memory costs more than reading into it.
+        """
+        itemsize, shape = tensor.itemsize, (row1 - row0, tensor.columns)
+        num_bytes = math.prod(shape) * itemsize
+        if memory is None or num_bytes > memory.nbytes:
+            memory = np.empty(num_bytes, dtype=np.uint8)
+        result = memory[:num_bytes].view(_UNSIGNED[itemsize]).reshape(shape)
         num_elements = 0
         for span in tensor.spans:
             first, last = max(row0, span.row0), min(row1, span.row0 + span.rows)
@@ -107,12 +113,12 @@ class SpanReader:
                 continue
             target = result[first - row0 : last - row0, span.column0 : span.column0 + span.columns]
             start = span.start + (first - span.row0) * span.row_stride
-            num_bytes = span.extent(last - first, itemsize)
-            lies_alike = span.columns == tensor.columns and num_bytes == target.nbytes and span.column_stride == itemsize
+            extent = span.extent(last - first, itemsize)
+            lies_alike = span.columns == tensor.columns and extent == target.nbytes and span.column_stride == itemsize
             if lies_alike:
                 self.read_bytes(span.file, start, target.reshape(-1).view(np.uint8), tensor.name)
             else:
-                buffer = np.empty(num_bytes, dtype=np.uint8)
+                buffer = np.empty(extent, dtype=np.uint8)
                 self.read_bytes(span.file, start, buffer, tensor.name)
                 strides = (span.row_stride, span.column_stride)
                 target[:] = np.ndarray(target.shape, result.dtype, buffer.data, strides=strides)

@@ -16,7 +16,7 @@ from checkpoint_tools.byte_sizes import format_bytes
 from checkpoint_tools.comparison import CompareTask, CompareWorker, Comparison, HfRows, Rows, SpanRows
 from checkpoint_tools.hf_companions import read_hf_config
 from checkpoint_tools.locate import Place, locate
-from checkpoint_tools.logits import LogitsComparison, check_size, compare_logits
+from checkpoint_tools.logits import LogitsComparison, check_size, compare_logits, logits_of, sample_sequences
 from checkpoint_tools.manifest import Manifest
 from checkpoint_tools.megatron_source import open_megatron
 from checkpoint_tools.model_check import check_model
@@ -154,7 +154,8 @@ def run(options: Options) -> bool:
 
 def _compare_logits(a: Side, b: Side, hf_config: Path | None) -> LogitsComparison:
     hf_dir = next(folder for folder in (hf_config, a.place.hf_dir, b.place.hf_dir) if folder is not None)
-    return compare_logits(a.place, b.place, hf_dir, read_hf_config(hf_dir)["vocab_size"])
+    sequences = sample_sequences(read_hf_config(hf_dir)["vocab_size"])
+    return compare_logits(logits_of(a.place, hf_dir, sequences), logits_of(b.place, hf_dir, sequences))
 
 
 def _num_elements(side: Side) -> int:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dapo_megatron.weights.families import megatron_arguments
-from tests.tiny_models import FAMILIES, MOE_FAMILIES, make_hf_model
+from tests.tiny_models import FAMILIES, make_hf_model
 from tests.tools import Tool
 from tests.torch_dist import mcore_tensors, save_state, write_torch_dist
 
@@ -57,7 +57,7 @@ def assert_same_model(found: Path, wanted: Path) -> None:
 
 
 @pytest.mark.parametrize("stacked", [False, True], ids=["layers_apart", "layers_stacked"])
-@pytest.mark.parametrize("family", [*FAMILIES, *MOE_FAMILIES])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_comes_back_byte_for_byte_and_loads_strictly(tool: Tool, tmp_path: Path, family: str, stacked: bool):
     hf_dir = make_hf_model(tmp_path / "hf", family)
     checkpoint = write_torch_dist(hf_dir, tmp_path / "megatron", stacked=stacked, arguments=arguments_of(hf_dir))
