@@ -144,3 +144,24 @@ def test_several_workers_find_the_same(tool: Tool, tmp_path: Path, hf_dir: Path,
     one, two = (json.loads(tool("verify", checkpoint, other, "--json", "--workers", n).out) for n in (1, 2))
     assert one == two
     assert list(one["problems"]) == [NAME]
+
+
+def test_block_scaled_fp8_is_compared_as_the_bf16_that_megatron_gets_and_comes_back_as_such(
+    tool: Tool, tmp_path: Path, hf_dir: Path
+):
+    in_bf16 = {name: tensor.bfloat16() for name, tensor in load_file(hf_dir / "model.safetensors").items()}
+    name = "model.layers.1.mlp.down_proj.weight"
+    scaled = {name: (in_bf16[name].float() / 0.01).to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.full((1, 1), 0.01)}
+    fp8 = changed(hf_dir, tmp_path / "fp8", **in_bf16 | scaled)
+    config = json.loads((fp8 / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (fp8 / "config.json").write_text(json.dumps(config))
+    assert tool("hf-to-megatron", fp8, tmp_path / "megatron").code == 0
+    outcome = tool("verify", fp8, tmp_path / "megatron")
+    assert outcome.code == 0 and "bit-exact: 50 of 50 tensors" in outcome.out
+    assert tool("megatron-to-hf", tmp_path / "megatron", tmp_path / "out").code == 0
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    expected = (scaled[name].float() * 0.01).bfloat16()
+    assert load_file(tmp_path / "out" / "model.safetensors")[name].equal(expected)
+    outcome = tool("verify", fp8, changed(fp8, tmp_path / "copy"))
+    assert outcome.code == 0 and "bit-exact: 51 of 51 tensors" in outcome.out
