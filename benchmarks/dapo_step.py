@@ -5,7 +5,7 @@
     python -m benchmarks.dapo_step --model tiny
 
 Both sides train the same weights on the same prompts in the same order: as many samples, of the same fixed length, in fp32, with the
-whole machine's cores each. Both are alive during the run and take turns, a step each. The first steps are untimed: they warm up and
+whole machine's cores each; our rank and engine live in one process (`--backend ray`: in two). Both are alive during the run and take turns, a step each. The first steps are untimed: they warm up and
 have their memory sampled (private pages of all processes of a side, and what it adds to /dev/shm).
 """
 
@@ -80,14 +80,14 @@ def score(response: str, answer: str) -> float:
     return reward(response)
 
 
-def run_config(setting: Setting, folder: Path) -> Config:
+def run_config(setting: Setting, folder: Path, backend: str = "local") -> Config:
     """Our side's config; the model lies in `folder/model`, prompts in `folder/prompts.jsonl`."""
     return Config.model_validate(
         {
             "run": {"dir": folder / "run"},
             "model": {"path": folder / "model", "dtype": "fp32"},
             "data": {"path": str(folder / "prompts.jsonl"), "chat_template": setting.chat, "shuffle": False},
-            "reward": {"type": "custom", "function": "benchmarks.dapo_step:score", "num_workers": 1},
+            "reward": {"type": "custom", "function": "benchmarks.dapo_step:score", "num_workers": os.cpu_count()},
             "algo": {"dynamic_sampling": False},
             "train": {
                 "num_rollout_steps": 10_000,
@@ -102,6 +102,7 @@ def run_config(setting: Setting, folder: Path) -> Config:
             },
             "rollout": {"max_response_tokens": setting.num_response_tokens, "weight_bucket_mib": 64},
             "checkpoint": {"every": 0},
+            "cluster": {"backend": backend},
         }
     )
 
@@ -116,19 +117,19 @@ def take_turn(turns: Connection) -> None:
         raise TurnsOver
 
 
-def run_ours(setting: Setting, folder: Path, turns: Connection) -> None:
+def run_ours(setting: Setting, folder: Path, turns: Connection, backend_name: str) -> None:
     """The controller's loop with real ranks, engine and reward workers; waits for its turn between steps."""
     from dapo_megatron.data.loader import PromptStream
     from dapo_megatron.data.prompts import load_prompts
+    from dapo_megatron.launcher.backends import backend, session
     from dapo_megatron.launcher.controller import Controller
     from dapo_megatron.launcher.identity import identity_of
-    from dapo_megatron.launcher.ray_backend import backend, ray_session
     from dapo_megatron.launcher.run_folder import RunFolder
     from dapo_megatron.rewards.workers import RewardWorkers
     from dapo_megatron.rollout.sampler import Sampler
     from dapo_megatron.train import load_tokenizer, sampler_rules
 
-    config = run_config(setting, folder)
+    config = run_config(setting, folder, backend_name)
     run_folder = RunFolder(config.run.dir)
     run_folder.create({})
     prompt_set = load_prompts(config.data, load_tokenizer(config.model.path))
@@ -160,7 +161,7 @@ def run_ours(setting: Setting, folder: Path, turns: Connection) -> None:
             take_turn(turns)
             await controller.run()
 
-    with ray_session(config), backend(config, run_folder.logs) as processes, contextlib.suppress(TurnsOver):
+    with session(config), backend(config, run_folder.logs) as processes, contextlib.suppress(TurnsOver):
         asyncio.run(drive())
 
 
@@ -317,6 +318,7 @@ def main() -> None:
     parser.add_argument("--model", choices=SETTINGS, default="smollm2")
     parser.add_argument("--steps", type=int, help="timed steps of each side")
     parser.add_argument("--side", choices=("both", "ours", "trl"), default="both")
+    parser.add_argument("--backend", choices=("local", "ray"), default="local", help="processes of our side, as cluster.backend")
     parser.add_argument("--trl-micro-batch", type=int)
     parser.add_argument("--trl-bf16", action="store_true", help="TRL's default precision, slower on a CPU without AMX")
     parser.add_argument("--model-dir", type=Path, help="an HF directory made by an earlier run; made when missing")
@@ -331,7 +333,7 @@ def main() -> None:
         prepare(setting, folder)
         sides = []
         if arguments.side in ("both", "ours"):
-            sides.append(Side("dapo-megatron", run_ours, setting, folder))
+            sides.append(Side("dapo-megatron", run_ours, setting, folder, arguments.backend))
         if arguments.side in ("both", "trl"):
             sides.append(Side(f"TRL {version('trl')}", run_trl, setting, folder, arguments.trl_bf16))
         try:

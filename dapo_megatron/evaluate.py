@@ -28,7 +28,8 @@ from dapo_megatron.types import ConfigError, DataError, Prompt
 
 if TYPE_CHECKING:
     from dapo_megatron.eval.measure import Protocol
-    from dapo_megatron.launcher.ray_backend import Backend
+    from dapo_megatron.launcher.local_backend import LocalBackend
+    from dapo_megatron.launcher.ray_backend import RayBackend
 
 
 def run(path: Path, files: Sequence[Path], overrides: Sequence[str], out: Path | None) -> int:
@@ -133,7 +134,7 @@ class _Measurement:
 
     def run(self) -> None:
         """Start the processes, measure, stop them. Whatever ends it early, the problems so far are kept."""
-        from dapo_megatron.launcher.ray_backend import backend, ray_session
+        from dapo_megatron.launcher.backends import backend, session
 
         config, num_problems = self.config, len(self.missing) + len(self.folder.num_correct)
         ranks = f"{config.actor.world_size} actor ranks and " if self.source.run else ""
@@ -142,7 +143,7 @@ class _Measurement:
             with closing(RewardWorkers(config.reward)) as scorer:
                 asyncio.run(scorer.wait_ready())  # a wrong reward.function ends it before anything else is started
                 with (
-                    ray_session(config),
+                    session(config),
                     EvaluationProgress(
                         num_problems, self.protocol.num_samples, self.folder.num_correct, self.console
                     ) as progress,
@@ -158,7 +159,7 @@ class _Measurement:
             )
             raise
 
-    async def _drive(self, processes: Backend, scorer: RewardWorkers, progress: EvaluationProgress) -> None:
+    async def _drive(self, processes: RayBackend | LocalBackend, scorer: RewardWorkers, progress: EvaluationProgress) -> None:
         from dapo_megatron.eval.measure import measure
         from dapo_megatron.launcher.controller import PhaseClock, sync_weights
 

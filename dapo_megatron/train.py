@@ -88,6 +88,9 @@ def check(config: Config) -> tuple[PromptSet, PromptSet | None]:
 
 
 def _megatron_extra_names() -> frozenset[str]:
+    from dapo_megatron.actor import cpu_adapter
+
+    cpu_adapter.install()  # a rank may live in this process, see cluster.backend
     from dapo_megatron.models.extra import transformer_config_fields
 
     return transformer_config_fields()
@@ -113,7 +116,7 @@ def _train(
     start: Path | None,
     console: Console,
 ) -> int:
-    from dapo_megatron.launcher.ray_backend import ray_session
+    from dapo_megatron.launcher.backends import session
 
     folder = RunFolder(config.run.dir)
     if start is not None and start.parent == folder.checkpoints and num_steps_of(start) >= config.train.num_rollout_steps:
@@ -124,7 +127,7 @@ def _train(
         )
         return 0
     folder.create({"config": resolved_dict(config), "versions": versions(), "commit": commit()})
-    with ray_session(config):
+    with session(config):
         for restarts_left in range(config.run.max_restarts, -1, -1):
             try:
                 _train_once(config, prompts, held_out, identity, folder, start, console)
@@ -162,8 +165,8 @@ def _train_once(
     console: Console,
 ) -> None:
     from dapo_megatron.eval.measure import Protocol, held_out_metrics
+    from dapo_megatron.launcher.backends import backend
     from dapo_megatron.launcher.controller import Controller
-    from dapo_megatron.launcher.ray_backend import backend
     from dapo_megatron.rollout.sampler import Sampler
 
     state = read_state(start) if start else None

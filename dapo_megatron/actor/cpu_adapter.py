@@ -9,6 +9,7 @@ and nothing is slower at run time. What the tree rewriting does:
     torch.cuda                    -> CpuDevice below
     x.cuda(...), x.is_cuda        -> x.cpu(), x.is_cpu
     f(..., pin_memory=...)        -> f(...)
+    torch.compile                 -> uncompiled below: importing its compilers takes seconds, and compiling needs a C++ compiler
 
 Besides, the places that look for apex's or TransformerEngine's FusedAdam find CpuAdam.
 """
@@ -35,7 +36,7 @@ import xxhash
 
 from dapo_megatron.actor.cpu_adam import CpuAdam
 
-_DEVICE_NAME = "__cpu_device__"
+_DEVICE_NAME, _UNCOMPILED_NAME = "__cpu_device__", "__uncompiled__"
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dapo_megatron" / "cpu_adapter"
 """Rewritten bytecode: compiling all of megatron-core takes seconds, in every rank."""
 _REWRITING = sys.version.encode() + Path(__file__).read_bytes()
@@ -108,6 +109,11 @@ class CpuDevice:
         return getattr(torch.cuda, name)
 
 
+def uncompiled[F: Callable](function: F | None = None, **_: object) -> F | Callable[[F], F]:
+    """As the decorator `torch.compile`, with or without arguments: the function as it is."""
+    return function if function is not None else lambda decorated: decorated
+
+
 class _ToCpu(ast.NodeTransformer):
     """The rewriting listed in the module's docstring."""
 
@@ -131,8 +137,8 @@ class _ToCpu(ast.NodeTransformer):
         self.generic_visit(node)
         if node.attr == "is_cuda":
             node.attr = "is_cpu"
-        elif node.attr == "cuda" and isinstance(node.value, ast.Name) and node.value.id == "torch":
-            return ast.copy_location(ast.Name(_DEVICE_NAME, node.ctx), node)
+        elif isinstance(node.value, ast.Name) and node.value.id == "torch" and node.attr in ("cuda", "compile"):
+            return ast.copy_location(ast.Name(_DEVICE_NAME if node.attr == "cuda" else _UNCOMPILED_NAME, node.ctx), node)
         return node
 
     def visit_Call(self, node: ast.Call) -> ast.Call:
@@ -164,11 +170,9 @@ class _CpuLoader(importlib.machinery.SourceFileLoader):
         return code
 
     def exec_module(self, module: ModuleType) -> None:
-        setattr(module, _DEVICE_NAME, CpuDevice())
+        vars(module).update({_DEVICE_NAME: CpuDevice(), _UNCOMPILED_NAME: uncompiled})
         super().exec_module(module)
-        if module.__name__ == "megatron.core.jit":
-            module.disable_jit_fuser()  # torch.compile would call a C++ compiler for every fused function
-        elif module.__name__ == "megatron.core.tensor_parallel.random":
+        if module.__name__ == "megatron.core.tensor_parallel.random":
             # These two go through torch's lazy CUDA queue, which never runs without a device.
             module._get_cuda_rng_state = CpuDevice.get_rng_state  # type: ignore[attr-defined]
             module._set_cuda_rng_state = CpuDevice.set_rng_state  # type: ignore[attr-defined]
@@ -208,6 +212,7 @@ def _silence() -> None:
     warnings.filterwarnings("ignore", r".*torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)", FutureWarning)
     for name in (
         "torch.utils.cpp_extension",
+        "megatron.core.distributed.distributed_data_parallel",
         "megatron.core.tensor_parallel.random",
         "megatron.core.models.gpt.gpt_model",
         "megatron.core.dist_checkpointing.strategies.torch",

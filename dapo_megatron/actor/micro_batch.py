@@ -40,7 +40,7 @@ def to_tensors(
     The last token of a response predicts nothing and is not packed. Under `local`, samples of one prompt share its tokens.
     """
     prompts: dict[bytes, np.ndarray] = {}
-    inputs, sequences, rows, targets, per_sample = [], [], [], [], []
+    inputs, sequences, rows, targets = [], [], [], []
     total = 0
     for sample in samples:
         tokens = sample.token_ids.astype(np.int64)
@@ -56,22 +56,14 @@ def to_tensors(
         sequences.append(sequence)
         rows.append(sequence[len(prompt) - 1 :])
         targets.append(response)
-        per_sample.append(
-            np.stack(
-                [
-                    np.full(sample.num_loss_tokens, sample.advantage),
-                    np.full(sample.num_loss_tokens, sample.loss_weight),
-                    np.asarray(sample.rollout_log_probs),
-                    np.full(sample.num_loss_tokens, sample.on_policy),
-                ]
-            )
-        )
     padding = -total % pad_to_multiple if total else pad_to_multiple
     if padding:  # a sequence of its own, so that no real token attends to it
         inputs.append(np.zeros(padding, dtype=np.int64))
         sequences.append(np.arange(total, total + padding))
-    floats = np.concatenate([np.zeros((4, 0)), *per_sample], axis=1).astype(np.float32)
-    advantages, loss_weights, rollout_log_probs, on_policy = torch.from_numpy(floats).to(device)
+    per_sample = np.array([(sample.advantage, sample.loss_weight, sample.on_policy) for sample in samples], np.float32)
+    num_tokens = [len(response) for response in targets]
+    advantages, loss_weights, on_policy = torch.from_numpy(per_sample.reshape(-1, 3).T.repeat(num_tokens, axis=1)).to(device)
+    log_probs = np.concatenate([np.zeros(0, np.float32), *(sample.rollout_log_probs for sample in samples)])
     return MicroBatchTensors(
         input_ids=_long(inputs, device)[None],
         packed=_packed(sequences, device, implementation),
@@ -79,7 +71,7 @@ def to_tensors(
         targets=_long(targets, device),
         advantages=advantages,
         loss_weights=loss_weights,
-        rollout_log_probs=rollout_log_probs,
+        rollout_log_probs=torch.from_numpy(log_probs).to(device),
         on_policy=on_policy.bool(),
     )
 

@@ -59,6 +59,7 @@ def check_config(
         *_rewards(config),
         *_log_probs(config),
         *_layout(config),
+        *_one_process(config),
         *_restarts(config),
         *_model_directory(config.model.path),
         *_data_file("data.path", config.data.path),
@@ -90,6 +91,7 @@ def check_evaluation(config: Config, hf_config: Mapping[str, Any] | None, *, sta
     ]
     if config.eval.path is None:
         problems.append("--data is missing: the run has no eval.path; give a JSONL or parquet file, or the name of a data set.")
+    problems += _one_process(config)
     if starts_actor:
         problems += _layout(config)
     if hf_config is not None:
@@ -119,6 +121,17 @@ def read_hf_config(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{file} must hold a JSON object, not {type(content).__name__}; copy the file again from its source.")
     return content
+
+
+def _one_process(config: Config) -> Iterator[str]:
+    if config.cluster.backend != "local":
+        return
+    for name, value in (
+        ("the actor's ranks (tensor x pipeline x context x data parallel size)", config.actor.world_size),
+        ("rollout.num_engines", config.rollout.num_engines),
+    ):
+        if value != 1:
+            yield f"{name} ({value}) must be 1 where cluster.backend is local: all is one process; use 1, or cluster.backend ray."
 
 
 def _step_sizes(config: Config) -> Iterator[str]:

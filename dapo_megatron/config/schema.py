@@ -307,8 +307,11 @@ class MetricsConfig(Section):
 
 
 class ClusterConfig(Section):
-    """Ray and placement."""
+    """Processes and placement."""
 
+    backend: Literal["ray", "local"] = "ray"
+    """ray: a process for each rank and engine. local: one rank and one embedded engine in the controller's own process, for small
+    models and debuggers."""
     ray_address: str | None = None
     """Address of a running Ray cluster. None: a local Ray for this run."""
     placement: Literal["colocated", "split"] = "colocated"

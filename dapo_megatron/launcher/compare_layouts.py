@@ -181,7 +181,7 @@ def generated_batch(vocab_size: int, *, num_updates: int, num_samples: int, conf
 
 def _run(configs: dict[str, Config], recorded: RecordedBatch) -> dict[str, Replay]:
     """One layout after the other, each with ranks of its own. Their logs: RUN/logs/compare_layouts_A, _B."""
-    from dapo_megatron.launcher.ray_backend import backend, ray_session
+    from dapo_megatron.launcher.ray_backend import ray_backend, ray_session
 
     replays = {}
     largest = max(configs.values(), key=lambda config: config.actor.world_size)
@@ -189,7 +189,7 @@ def _run(configs: dict[str, Config], recorded: RecordedBatch) -> dict[str, Repla
         for name, config in configs.items():
             rules = train_batch_rules(config)
             batch = TrainBatch(tuple(cut_optimizer_step(samples, rules) for samples in recorded.optimizer_steps))
-            with backend(config, config.run.dir / "logs" / f"compare_layouts_{name}", num_engines=0) as processes:
+            with ray_backend(config, config.run.dir / "logs" / f"compare_layouts_{name}", num_engines=0) as processes:
                 replays[name] = asyncio.run(processes.actor.replay(batch, recorded.rollout_step - 1))
     return replays
 

@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Se
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dapo_megatron.actor.replayed import Replay
 from dapo_megatron.config.schema import Config
+from dapo_megatron.launcher.backends import Ranks
 from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult
 from dapo_megatron.types import DapoMegatronError, EngineError, TrainBatch, WorkerDiedError
 from dapo_megatron.weights.file_digest import FileDigest
@@ -114,16 +115,12 @@ class EngineProcess:
     async def pid(self) -> int:
         return os.getpid()
 
-    async def generate(self, requests: Sequence[GenerateRequest]) -> AsyncIterator[GenerateResult]:
-        async for result in self._engine.generate(requests):
-            yield result
+    async def generate(self, requests: Sequence[GenerateRequest]) -> AsyncIterator[list[GenerateResult]]:
+        async for results in self._engine.generate_together(requests):
+            yield results
 
     async def receive(self, message: WeightBucket | WeightManifest) -> int:
-        if isinstance(message, WeightManifest):
-            await self._engine.commit_weights(message)
-            return 0
-        await self._engine.receive_bucket(message)
-        return message.payload.nbytes
+        return await self._engine.receive(message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +218,8 @@ class RayEngine:
         """As the engine's own."""
         try:
             async for reference in self.process.handle.generate.options(num_returns="streaming").remote(requests):
-                yield await reference
+                for result in await reference:
+                    yield result
         except RayError as error:
             raise _in_words(self.process, error) from error
 
@@ -231,7 +229,7 @@ class RayEngine:
 
 
 @dataclass(frozen=True, slots=True)
-class Backend:
+class RayBackend:
     """The running processes."""
 
     actor: RayActor
@@ -264,12 +262,8 @@ def ray_session(config: Config) -> Iterator[None]:
         ray.shutdown()
 
 
-Ranks = Literal["training", "frozen", "none"]
-"""What the actor ranks are for: to train; to hold the weights of a checkpoint; not started at all."""
-
-
 @contextmanager
-def backend(config: Config, logs: Path, ranks: Ranks = "training", *, num_engines: int | None = None) -> Iterator[Backend]:
+def ray_backend(config: Config, logs: Path, ranks: Ranks = "training", *, num_engines: int | None = None) -> Iterator[RayBackend]:
     """Start all processes of a run or of an evaluation and, on leaving, stop them. Needs an open `ray_session`.
 
     `num_engines` in place of rollout.num_engines: 0 starts the actor ranks alone.
@@ -301,7 +295,7 @@ def backend(config: Config, logs: Path, ranks: Ranks = "training", *, num_engine
             ]
             processes += engines
             data_parallel_ranks = asyncio.run(_bring_up(config, actor, engines, Path(folder), logs, frozen=ranks == "frozen"))
-        yield Backend(RayActor(actor, data_parallel_ranks), tuple(RayEngine(process) for process in engines))
+        yield RayBackend(RayActor(actor, data_parallel_ranks), tuple(RayEngine(process) for process in engines))
     finally:
         for process in processes:
             ray.kill(process.handle)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 
 import torch
@@ -30,8 +30,18 @@ class HfEngine:
     the iterator of generate() (`aclose`) gives up what is unfinished, within 16 decoding steps.
     """
 
-    def __init__(self, model_dir: Path, config: HfEngineConfig, num_threads: int | None = None, device: str = "cpu"):
-        """`model_dir` is an HF directory with weights and tokenizer; `num_threads` None leaves torch's own choice."""
+    def __init__(
+        self,
+        model_dir: Path,
+        config: HfEngineConfig,
+        num_threads: int | None = None,
+        device: str = "cpu",
+        worker: ThreadPoolExecutor | None = None,
+    ):
+        """`model_dir` is an HF directory with weights and tokenizer; `num_threads` None leaves torch's own choice.
+
+        `worker`, of one thread, is used in place of a new one; its number of torch threads stays as it is.
+        """
         register_attention()
         self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
         self._model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=_DTYPES[config.dtype], attn_implementation=ATTENTION)
@@ -43,7 +53,7 @@ class HfEngine:
         self._receiving_version: int | None = None
         self._running: str | None = None
         self._num_threads = num_threads or config.num_threads
-        self._worker = ThreadPoolExecutor(1, "hf-engine", initializer=self._set_num_threads)
+        self._worker = worker or ThreadPoolExecutor(1, "hf-engine", initializer=self._set_num_threads)
 
     @property
     def weight_version(self) -> int:
@@ -52,6 +62,13 @@ class HfEngine:
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> AsyncGenerator[GenerateResult, None]:
         """See `Engine.generate`. The same requests give the same bits; different company only rounding differences."""
+        async with aclosing(self.generate_together(requests)) as batches:
+            async for results in batches:
+                for result in results:
+                    yield result
+
+    async def generate_together(self, requests: Sequence[GenerateRequest]) -> AsyncGenerator[list[GenerateResult], None]:
+        """As `generate`, what is finished at the same time in one list: fewer messages where they cross processes."""
         if not requests:
             return
         if self._receiving_version is not None:
@@ -63,11 +80,19 @@ class HfEngine:
             decoding = Decoding(self._model, self._tokenizer, requests, self._max_batch_size, self._weight_version)
             try:
                 while not decoding.is_done:
-                    for result in await self._in_worker(decoding.advance, _STEPS_PER_CALL):
-                        yield result
+                    if results := await self._in_worker(decoding.advance, _STEPS_PER_CALL):
+                        yield results
             finally:
                 # After a cancellation the worker may still be in advance(): wait until it has let go of the model.
                 await self._in_worker(lambda: None)
+
+    async def receive(self, message: WeightBucket | WeightManifest) -> int:
+        """`receive_bucket` or `commit_weights`; the bytes of weights in the message."""
+        if isinstance(message, WeightManifest):
+            await self.commit_weights(message)
+            return 0
+        await self.receive_bucket(message)
+        return message.payload.nbytes
 
     async def receive_bucket(self, bucket: WeightBucket) -> None:
         """See `Engine.receive_bucket`. Writes into the live parameters; a bucket of another version starts a new update."""

@@ -87,6 +87,8 @@ def test_query_heads_count_as_key_value_heads_when_these_are_not_given(load):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
+        (["--cluster.backend=local", "--tensor_parallel_size=2"], "parallel size) (2) must be 1 where cluster.backend is local"),
+        (["--cluster.backend=local", "--num_engines=2"], "rollout.num_engines (2) must be 1 where cluster.backend is local"),
         (["--actor.num_ranks=6", "--actor.tensor_parallel_size=4"], "actor.num_ranks (6) must be a multiple of"),
         (["--actor.pipeline_parallel_size=3"], "actor.pipeline_parallel_size (3) must divide num_hidden_layers (8)"),
         (

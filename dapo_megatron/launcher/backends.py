@@ -1,0 +1,41 @@
+"""Where the processes of a run live: under Ray, or all in this one (`cluster.backend`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from dapo_megatron.config.schema import Config
+
+if TYPE_CHECKING:
+    from dapo_megatron.launcher.local_backend import LocalBackend
+    from dapo_megatron.launcher.ray_backend import RayBackend
+
+Ranks = Literal["training", "frozen", "none"]
+"""What the actor ranks are for: to train; to hold the weights of a checkpoint; not started at all."""
+
+
+def session(config: Config) -> AbstractContextManager[None]:
+    """What `backend` needs around it; a restarted run stays in it."""
+    if config.cluster.backend == "local":
+        return nullcontext()
+    from dapo_megatron.launcher.ray_backend import ray_session
+
+    return ray_session(config)
+
+
+@contextmanager
+def backend(config: Config, logs: Path, ranks: Ranks = "training") -> Iterator[RayBackend | LocalBackend]:
+    """Start the actor ranks and the engines of a run or of an evaluation and, on leaving, stop them."""
+    if config.cluster.backend == "local":
+        from dapo_megatron.launcher.local_backend import local_backend
+
+        with local_backend(config, ranks) as processes:
+            yield processes
+        return
+    from dapo_megatron.launcher.ray_backend import ray_backend
+
+    with ray_backend(config, logs, ranks) as ray_processes:
+        yield ray_processes

@@ -1,0 +1,45 @@
+"""The same loop with everything in one process: no Ray, one real megatron rank, the embedded engine."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.runs import rows, train
+
+pytestmark = pytest.mark.timeout(300)  # starting the run they share counts for whoever comes first
+LOCAL = ("--cluster.backend", "local", "--actor.tensor_parallel_size", "1")
+
+
+@pytest.fixture(scope="module")
+def local_run(folder: Path, whole_run: Path) -> Path:
+    """Six steps, three of them after the process was started again."""
+    for num_steps in ("3", "6"):
+        done = train(folder, *LOCAL, "--train.num_rollout_steps", num_steps, "--checkpoint.every", "3", name="local")
+        assert done.returncode == 0, done.stderr
+    return folder / "local"
+
+
+def test_one_process_trains_as_ranks_and_engines_of_their_own_do(local_run: Path, whole_run: Path):
+    here, there = rows(local_run), rows(whole_run)[:6]
+    assert [row["rollout_step"] for row in here] == [1, 2, 3, 4, 5, 6]
+    assert here[0]["actor/grad_norm"] == pytest.approx(there[0]["actor/grad_norm"], rel=1e-5)
+    # Later steps may draw another token where two layouts round differently; their gradients still have one size.
+    assert [row["actor/grad_norm"] for row in here] == pytest.approx([row["actor/grad_norm"] for row in there], rel=0.5)
+    assert not (local_run / "logs").exists() or not list((local_run / "logs").iterdir())
+
+
+def test_an_evaluation_in_one_process_finds_what_the_run_found(folder: Path, local_run: Path):
+    done = subprocess.run(
+        [sys.executable, "-m", "dapo_megatron", "evaluate", str(local_run), "--cluster.backend", "local"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{rows(local_run)[-1]['eval/accuracy']:.3f}" in done.stdout
