@@ -1,6 +1,15 @@
-"""`python -m checkpoint_tools`."""
+"""`python -m checkpoint_tools`, and the `checkpoint-tools` script.
 
-from checkpoint_tools.cli import main
+Worker processes import the main module again: nothing is imported here before it is needed.
+"""
+
+
+def main() -> None:
+    """The command line."""
+    from checkpoint_tools import cli
+
+    cli.main()
+
 
 if __name__ == "__main__":
     main()

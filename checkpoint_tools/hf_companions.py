@@ -9,6 +9,8 @@ from typing import Any
 from dapo_megatron.types import CheckpointError
 
 CONFIG_FILE = "config.json"
+COMPANIONS = "hf"
+"""Folder beside a converted checkpoint with the files of the HF directory that are no weights."""
 _WEIGHTS = ("*.safetensors", "*.index.json", "*.bin", "*.bin.*", "*.gguf", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.ot")
 _FOLDERS = ("additional_chat_templates",)
 _OWN_FILES = ("provenance.json", "manifest.json")

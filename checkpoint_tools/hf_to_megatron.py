@@ -27,10 +27,9 @@ from checkpoint_tools.byte_sizes import count, format_bytes
 from checkpoint_tools.conversion import Finished, presize, run_conversion
 from checkpoint_tools.disk_probe import probe_disks
 from checkpoint_tools.errors import writing
-from checkpoint_tools.hf_companions import CONFIG_FILE, copy_companions, read_hf_config
+from checkpoint_tools.hf_companions import COMPANIONS, CONFIG_FILE, copy_companions, read_hf_config
 from checkpoint_tools.import_plan import ImportPlan, ImportTask, plan_import
 from checkpoint_tools.import_worker import BUFFER_BYTES, ImportWorker
-from checkpoint_tools.locate import COMPANIONS
 from checkpoint_tools.manifest import Manifest, TensorRecord, source_files, write_provenance
 from checkpoint_tools.output_folder import OutputFolder, check_room, check_target, open_output
 from checkpoint_tools.torch_dist_files import (

@@ -12,11 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from checkpoint_tools.torch_zip import Frame, frame, item_size
+from checkpoint_tools.torch_zip import Frame, frame
 from dapo_megatron.types import MappingError
 from dapo_megatron.weights.checkpoint_keys import CheckpointPlace
 from dapo_megatron.weights.codecs import FP8
 from dapo_megatron.weights.hf_files import HfFiles
+from dapo_megatron.weights.hf_headers import ITEMSIZE
 from dapo_megatron.weights.plan import MappedTensor, ModelMapping
 from dapo_megatron.weights.tiling import Rectangle, prove_tiling
 
@@ -66,11 +67,11 @@ class ImportTask:
 
     @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * item_size(self.dtype)
+        return math.prod(self.shape) * ITEMSIZE[self.dtype]
 
     @property
     def row_bytes(self) -> int:
-        return math.prod(self.shape[1:]) * item_size(self.dtype)
+        return math.prod(self.shape[1:]) * ITEMSIZE[self.dtype]
 
     def is_plain(self, run: SourceRun) -> bool:
         """Whether its rows go through as bytes."""
@@ -107,16 +108,11 @@ class ImportPlan:
 
     @property
     def read_bytes(self) -> int:
-        return sum(
-            run.rows * math.prod(task.shape[1:]) * _FILE_ITEM_SIZES[run.file_dtype] for task in self.tasks for run in task.runs
-        )
+        return sum(run.rows * math.prod(task.shape[1:]) * ITEMSIZE[run.file_dtype] for task in self.tasks for run in task.runs)
 
     @property
     def written_bytes(self) -> int:
         return sum(self.files.values())
-
-
-_FILE_ITEM_SIZES = {FP8: 1} | {dtype: item_size(dtype) for dtype in ("BF16", "F16", "F32", "F64")}
 
 
 def plan_import(files: HfFiles, mapping: ModelMapping, places: Mapping[str, CheckpointPlace], dtype: str | None) -> ImportPlan:
@@ -141,7 +137,7 @@ def _draft(files: HfFiles, name: str, tensor: MappedTensor, place: CheckpointPla
     runs = []
     for run in tensor.runs:
         header = files.tensors[run.hf_name]
-        row_bytes = math.prod(header.shape[1:]) * _FILE_ITEM_SIZES[header.dtype]
+        row_bytes = math.prod(header.shape[1:]) * ITEMSIZE[header.dtype]
         offset = header.offset + run.hf_row0 * row_bytes
         runs.append(SourceRun(run.hf_name, run.hf_row0, run.mcore_row0, run.rows, header.file, offset, header.dtype))
     hf_dtypes = {"BF16" if run.file_dtype == FP8 else run.file_dtype: run.hf_name for run in reversed(runs)}

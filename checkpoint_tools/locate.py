@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from checkpoint_tools.hf_companions import CONFIG_FILE, read_hf_config
+from checkpoint_tools.hf_companions import COMPANIONS, CONFIG_FILE, read_hf_config
 from checkpoint_tools.manifest import PROVENANCE_FILE
 from checkpoint_tools.torch_dist import is_torch_dist
 from dapo_megatron.launcher.run_folder import ACTOR, MARKER, RunFolder, num_steps_of, require_complete
 from dapo_megatron.types import CheckpointError
 
 Kind = Literal["hf", "torch_dist", "legacy"]
-COMPANIONS = "hf"
-"""Folder beside a converted checkpoint with the files of the HF directory that are no weights."""
 _TRACKER = "latest_checkpointed_iteration.txt"
 _ITERATION = re.compile(r"iter_(\d+)")
 _LEGACY_RANK = re.compile(r"mp_rank_\d+(_\d+)*")

@@ -13,23 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from checkpoint_tools.pickle_writer import Call, External, Name, pickled
+from dapo_megatron.weights.hf_headers import ITEMSIZE
 
-_STORAGES = {
-    "BF16": ("BFloat16Storage", 2),
-    "F16": ("HalfStorage", 2),
-    "F32": ("FloatStorage", 4),
-    "F64": ("DoubleStorage", 8),
-}
-"""dtype as safetensors writes it -> torch's storage class, bytes an element."""
+_STORAGES = {"BF16": "BFloat16Storage", "F16": "HalfStorage", "F32": "FloatStorage", "F64": "DoubleStorage"}
+"""dtype as safetensors writes it -> torch's storage class."""
 _LOCAL, _CENTRAL, _END = 0x04034B50, 0x02014B50, 0x06054B50
 _UTF8_NAMES = 0x800
 _EARLIEST_DATE = 0x21
 """1 January 1980: zip has no earlier, and an archive should depend on its content alone."""
-
-
-def item_size(dtype: str) -> int:
-    """Bytes an element."""
-    return _STORAGES[dtype][1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +35,10 @@ def frame(dtype: str, shape: tuple[int, ...]) -> Frame:
     """The frame of a contiguous CPU tensor; `dtype` as safetensors writes it, one of BF16, F16, F32, F64."""
     num_elements = math.prod(shape)
     strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-    storage = External(("storage", Name("torch", _STORAGES[dtype][0]), "0", "cpu", num_elements))
+    storage = External(("storage", Name("torch", _STORAGES[dtype]), "0", "cpu", num_elements))
     no_hooks = Call(Name("collections", "OrderedDict"), ())
     tensor = Call(Name("torch._utils", "_rebuild_tensor_v2"), (storage, 0, shape, strides, False, no_hooks))
-    return _frame(pickled(tensor), num_elements * item_size(dtype))
+    return _frame(pickled(tensor), num_elements * ITEMSIZE[dtype])
 
 
 def archive(value: Any) -> bytes:

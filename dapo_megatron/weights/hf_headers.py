@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from safetensors import SafetensorError, safe_open
+from typing import TYPE_CHECKING, Any
 
 from dapo_megatron.types import CheckpointError
 
@@ -30,6 +31,26 @@ TORCH_DTYPES = {
     "BOOL": "bool",
 }
 """dtype as safetensors writes it -> as torch names it."""
+ITEMSIZE = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I16": 2,
+    "U16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "U32": 4,
+    "F32": 4,
+    "I64": 8,
+    "U64": 8,
+    "F64": 8,
+}
+"""Bytes of an element, by dtype as safetensors names it."""
+_MAX_HEADER_BYTES = 100 * 2**20
+"""As safetensors itself allows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +75,41 @@ def _safetensors(directory: Path, file: str) -> dict[str, HfTensor]:
     path = directory / file
     try:
         with path.open("rb") as content:
-            with safe_open(path, framework="numpy"):  # checks the header against itself and the size of the file
-                pass
+            size = os.fstat(content.fileno()).st_size
             length = int.from_bytes(content.read(8), "little")
+            if length > min(size - 8, _MAX_HEADER_BYTES):
+                raise ValueError("it is cut short, or is no safetensors file")
             header = json.loads(content.read(length))
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+        tensors = {name: _safetensors_tensor(file, 8 + length, entry) for name, entry in header.items() if name != "__metadata__"}
+        _check_extents(tensors, 8 + length, size)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); get the file again") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error) if type(error) is ValueError else f"its header is damaged: {error!r}"
         raise CheckpointError(f"{path} cannot be read ({reason}); get the file again") from error
-    return {
-        name: HfTensor(tuple(entry["shape"]), entry["dtype"], file, 8 + length + entry["data_offsets"][0])
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
+    return tensors
+
+
+def _safetensors_tensor(file: str, start: int, entry: Any) -> HfTensor:
+    shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+    if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)):
+        raise TypeError(entry)
+    return HfTensor(shape, entry["dtype"], file, start + begin)
+
+
+def _check_extents(tensors: Mapping[str, HfTensor], start: int, size: int) -> None:
+    """Raise ValueError unless the tensors lie one behind the other and fill the file."""
+    at = start
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, math.prod(item[1].shape))):
+        if tensor.dtype not in ITEMSIZE:
+            raise ValueError(f"{name} has the dtype {tensor.dtype}, which is none of {', '.join(ITEMSIZE)}")
+        if tensor.offset != at:
+            raise ValueError(f"{name} starts at byte {tensor.offset}, the tensor before it ends at {at}")
+        at += math.prod(tensor.shape) * ITEMSIZE[tensor.dtype]
+        if at > size:
+            raise ValueError(f"it ends within {name}: it is truncated")
+    if at != size:
+        raise ValueError(f"its tensors end at byte {at} of {size}")
 
 
 def _torch(directory: Path, file: str) -> dict[str, HfTensor]:

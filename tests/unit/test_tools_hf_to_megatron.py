@@ -427,7 +427,8 @@ def test_a_complete_output_is_not_overwritten_without_force(
 
 AS_NOBODY = """
 import os
-from checkpoint_tools import cli, hf_to_megatron  # imported while the interpreter can still be read
+from checkpoint_tools import cli, hf_to_megatron  # imported, and typer's parts by --help, while the interpreter can be read
+cli.app(["hf-to-megatron", "--help"], standalone_mode=False)
 os.setuid(65534)
 cli.main()
 """

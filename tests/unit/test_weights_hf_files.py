@@ -193,3 +193,26 @@ def test_index_that_names_a_tensor_the_file_lacks_is_refused(tmp_path, tensors):
     index.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=r"model-0\.safetensors lacks model\.extra"):
         HfFiles(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda header: header["a"].update(data_offsets=[8, 24]), r"a starts at byte \d+, the tensor before it ends at \d+"),
+        (lambda header: header["b"].update(shape=[4]), r"cannot be read \(it ends within b: it is truncated\)"),
+        (lambda header: header["b"].update(shape=[2]), r"its tensors end at byte \d+ of \d+"),
+        (lambda header: header["b"].update(dtype="C64"), r"b has the dtype C64, which is none of"),
+        (lambda header: header["b"].update(shape=["3"]), r"its header is damaged"),
+        (lambda header: header["b"].pop("dtype"), r"its header is damaged: KeyError\('dtype'\)"),
+    ],
+)
+def test_a_header_that_contradicts_itself_or_the_file_is_refused_by_tensor(tmp_path, change, message):
+    header = {
+        "a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]},
+        "b": {"dtype": "F32", "shape": [3], "data_offsets": [16, 28]},
+    }
+    change(header)
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(28))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read .*" + message.removeprefix(r"cannot be read ")):
+        HfFiles(tmp_path)
