@@ -10,6 +10,7 @@ and nothing is slower at run time. What the tree rewriting does:
     x.cuda(...), x.is_cuda        -> x.cpu(), x.is_cpu
     f(..., pin_memory=...)        -> f(...)
     torch.compile                 -> uncompiled below: importing its compilers takes seconds, and compiling needs a C++ compiler
+    x.record_stream(...)          -> None
 
 Besides, the places that look for apex's or TransformerEngine's FusedAdam find CpuAdam.
 """
@@ -141,8 +142,10 @@ class _ToCpu(ast.NodeTransformer):
             return ast.copy_location(ast.Name(_DEVICE_NAME if node.attr == "cuda" else _UNCOMPILED_NAME, node.ctx), node)
         return node
 
-    def visit_Call(self, node: ast.Call) -> ast.Call:
+    def visit_Call(self, node: ast.Call) -> ast.expr:
         self.generic_visit(node)
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "record_stream":
+            return ast.copy_location(ast.Constant(None), node)
         if isinstance(node.func, ast.Attribute) and node.func.attr == "cuda":
             node.func.attr, node.args, node.keywords = "cpu", [], []
         node.keywords = [keyword for keyword in node.keywords if keyword.arg != "pin_memory"]

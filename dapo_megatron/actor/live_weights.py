@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
+from dapo_megatron.weights.checkpoint_keys import unstacked_name
 from dapo_megatron.weights.hf_files import HfFiles
 from dapo_megatron.weights.plan import Box, ModelMapping, import_plan, padding_slices
 
@@ -35,11 +36,7 @@ class LiveBox:
 def live_boxes(modules: Sequence[GPTModel]) -> list[LiveBox]:
     """Every parameter of this rank's chunks, in a fixed order."""
     return [
-        LiveBox(
-            Box(tensor.key, tuple(tensor.global_offset), tuple(tensor.local_shape), tuple(tensor.global_shape)),
-            tensor.data.detach(),
-            is_main_replica(tensor.replica_id),
-        )
+        LiveBox(_box(tensor), tensor.data.detach(), is_main_replica(tensor.replica_id))
         for module in modules
         for value in module.sharded_state_dict(metadata=dict(SHARDING)).values()  # a copy: it gets a process group added
         for tensor in _tensors(value)
@@ -73,6 +70,13 @@ def load_hf(modules: Sequence[GPTModel], mapping: ModelMapping, directory: Path)
                 item.data[padding] = 0
         for copy in import_plan(mapping, boxes):
             live[copy.box_index].data[copy.box_slices].copy_(files.read(copy.hf_name, copy.hf_slices))
+
+
+def _box(tensor: ShardedTensor) -> Box:
+    """Experts are stacked: the leading axes of the global shape say which one this is."""
+    stacked = tensor.prepend_axis_num
+    name = unstacked_name(tensor.key, tensor.global_offset[:stacked])
+    return Box(name, tuple(tensor.global_offset[stacked:]), tuple(tensor.local_shape), tuple(tensor.global_shape[stacked:]))
 
 
 def _tensors(value: Any) -> Iterator[ShardedTensor]:

@@ -30,6 +30,7 @@ def initialize(config: Config, *, rank: int, init_method: str) -> torch.device:
         virtual_pipeline_model_parallel_size=actor.virtual_pipeline_size,
         context_parallel_size=actor.context_parallel_size,
         expert_model_parallel_size=actor.expert_parallel_size,
+        expert_tensor_parallel_size=actor.expert_tensor_parallel_size,
     )
     model_parallel_cuda_manual_seed(config.run.seed)
     return device

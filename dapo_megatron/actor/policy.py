@@ -63,6 +63,9 @@ def build_modules(architecture: Architecture, config: Config, device: torch.devi
     modules = build_model(architecture, settings, choose_implementation(config.model))
     for module in modules:
         module.to(device=device, dtype=DTYPES[config.model.dtype])
+        for name, buffer in module.named_buffers():
+            if name.endswith(".router.expert_bias"):
+                buffer.data = buffer.data.float()  # where routers keep it; 0.19.2 would restore it only after loading
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.zero_()

@@ -16,7 +16,8 @@ from dapo_megatron.config.fields import did_you_mean, either, nearest
 from dapo_megatron.config.schema import Config
 from dapo_megatron.types import ConfigError
 
-SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3")
+DENSE_MODEL_TYPES = ("llama", "qwen2", "qwen3")
+SUPPORTED_MODEL_TYPES = DENSE_MODEL_TYPES
 SUPPORTED_ROPE_TYPES = ("default", "llama3")
 SUPPORTED_ACTIVATIONS = ("silu",)
 
@@ -31,6 +32,7 @@ OWNED_MEGATRON_FIELDS: Mapping[str, str] = {
     "num_layers_in_last_pipeline_stage": "actor.num_layers_in_last_pipeline_stage",
     "context_parallel_size": "actor.context_parallel_size",
     "expert_model_parallel_size": "actor.expert_parallel_size",
+    "expert_tensor_parallel_size": "actor.expert_tensor_parallel_size",
     "sequence_parallel": "actor.sequence_parallel",
     "num_layers": "the model's config.json",
     "hidden_size": "the model's config.json",
@@ -264,6 +266,9 @@ def _layout_of_model(config: Config, hf_config: Mapping[str, Any]) -> Iterator[s
                 f"actor.tensor_parallel_size ({actor.tensor_parallel_size}) must divide {name} ({size}) of {model}; "
                 f"use {either(_divisors(common, limit=64))}" + (", or set actor.pad_query_groups." if name in heads else ".")
             )
+    for name in ("expert_parallel_size", "expert_tensor_parallel_size"):
+        if (size := getattr(actor, name)) > 1 and hf_config.get("model_type") in DENSE_MODEL_TYPES:
+            yield f"actor.{name} ({size}) must be 1: {model} has no experts; remove it."
     num_layers = hf_config.get("num_hidden_layers")
     if isinstance(num_layers, int):
         yield from _stages(config, num_layers)

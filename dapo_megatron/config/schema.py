@@ -171,8 +171,10 @@ class ActorConfig(Section):
     """Layers of the last stage, which also holds the LM head. None: as many as a middle stage."""
     context_parallel_size: Literal[1] = 1
     """CP. Only 1 today."""
-    expert_parallel_size: Literal[1] = 1
-    """EP. Only 1 today."""
+    expert_parallel_size: PositiveInt = 1
+    """EP: ranks that share out the experts of a layer. Divides tensor x data-parallel ranks."""
+    expert_tensor_parallel_size: PositiveInt = 1
+    """ETP: ranks that an expert is cut over; tensor_parallel_size is for the layers outside the experts."""
     sequence_parallel: bool = False
     """Shard activations outside attention and MLP over the tensor-parallel ranks. Needs tensor_parallel_size > 1."""
     use_distributed_optimizer: bool = True

@@ -18,7 +18,8 @@ from dapo_megatron.models.packed import PackedSequences
 class PackedSelfAttention(MegatronModule):
     """Causal attention inside each packed sequence: query [T, 1, heads, d], key and value [T, 1, groups, d] -> [T, 1, heads * d].
 
-    T is the pack, heads and groups are this tensor-parallel rank's.
+    T is the pack, heads and groups are this tensor-parallel rank's. Latent attention leaves the axis of length 1 out, and its
+    values may be of another width.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class PackedSelfAttention(MegatronModule):
         assert packed_seq_params is not None and packed_seq_params.gather is not None
         assert packed_seq_params.scatter is not None
         # As an embedding: its backward adds up rows in parallel, index_select's does not.
-        slots = [embedding(packed_seq_params.gather, x.flatten(1)).unflatten(1, x.shape[2:]) for x in (query, key, value)]
+        slots = [embedding(packed_seq_params.gather, x.flatten(1)).unflatten(1, x.shape[-2:]) for x in (query, key, value)]
         grouped = query.shape[-2] != key.shape[-2]
         outputs, first = [], 0
         for num_sequences, longest in packed_seq_params.tile_shapes:

@@ -38,12 +38,16 @@ def load(directory: Path) -> torch.nn.Module:
     return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
 
 
+def sequence_logits(model: torch.nn.Module, sample: TrainSample) -> torch.Tensor:
+    """Logits [response tokens, vocabulary] that predict the response of one sample, differentiable."""
+    tokens = torch.tensor(sample.token_ids, dtype=torch.int64)
+    return model(tokens[None]).logits[0, sample.num_prompt_tokens - 1 : -1]
+
+
 def sequence_log_probs(model: torch.nn.Module, sample: TrainSample) -> torch.Tensor:
     """Log-probs of the response tokens of one sample, differentiable."""
-    tokens = torch.tensor(sample.token_ids, dtype=torch.int64)
-    logits = model(tokens[None]).logits[0, :-1]
-    picked = torch.log_softmax(logits, dim=-1).gather(1, tokens[1:, None])[:, 0]
-    return picked[sample.num_prompt_tokens - 1 :]
+    response = torch.tensor(sample.token_ids, dtype=torch.int64)[sample.num_prompt_tokens :]
+    return torch.log_softmax(sequence_logits(model, sample), dim=-1).gather(1, response[:, None])[:, 0]
 
 
 def train(directory: Path, config: Config, batch: TrainBatch) -> OracleRun:
