@@ -22,6 +22,15 @@ FAMILIES: dict[str, Any] = {
     "qwen2": lambda **sizes: transformers.Qwen2Config(tie_word_embeddings=True, **sizes),
     "qwen3": lambda **sizes: transformers.Qwen3Config(tie_word_embeddings=False, head_dim=16, **sizes),
 }
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 101,
+    "max_position_embeddings": 128,
+}
 _LATENT = {"kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "num_key_value_heads": 8}
 _DEEPSEEK_EXPERTS = {"moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 3, "first_k_dense_replace": 1}
 YARN = {
@@ -62,16 +71,7 @@ MOE_FAMILIES: dict[str, Any] = {
 
 def make_hf_model(directory: Path, family: str, **sizes: Any) -> Path:
     """Save a random fp32 model; norms and biases are random too, so that a swapped one shows."""
-    defaults = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "vocab_size": 101,
-        "max_position_embeddings": 128,
-    }
-    config = (FAMILIES | MOE_FAMILIES)[family](**{**defaults, **sizes})
+    config = (FAMILIES | MOE_FAMILIES)[family](**{**SIZES, **sizes})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
