@@ -2,9 +2,12 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from dapo_megatron.types import MappingError
@@ -242,3 +245,33 @@ def test_prediction_layers_are_skipped_with_the_reason():
     ((first, reason), (second, _)) = compile_mapping(config).skipped.items()
     assert (first, second) == (r"model\.layers\.2\..+", r"model\.layers\.3\..+")
     assert "not part of the policy" in reason
+
+
+def test_the_family_of_the_docs_page_is_transformers_own(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
+    example, check = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    family: dict = {}
+    exec(example, family)
+    monkeypatch.setitem(FAMILIES, "qwen2_moe", family["QWEN2_MOE"])
+
+    config = transformers.Qwen2MoeConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        moe_intermediate_size=6,
+        shared_expert_intermediate_size=10,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=3,
+        num_experts_per_tok=2,
+        vocab_size=21,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    names = {"config": saved, "directory": tmp_path, "math": math, "compile_mapping": compile_mapping, "HfFiles": HfFiles}
+    exec(check, names)
+    assert names["ignored"] == {}
+    assert names["num_parameters"] == model.num_parameters()
+    arguments = megatron_arguments(saved)
+    assert (arguments["num_experts"], arguments["moe_shared_expert_intermediate_size"]) == (3, 10)
