@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -250,9 +251,9 @@ def test_prediction_layers_are_skipped_with_the_reason():
 def test_the_family_of_the_docs_page_is_transformers_own(tmp_path, monkeypatch):
     page = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
     example, check = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    family: dict = {}
-    exec(example, family)
-    monkeypatch.setitem(FAMILIES, "qwen2_moe", family["QWEN2_MOE"])
+    (tmp_path / "example.py").write_text(example)
+    (tmp_path / "check.py").write_text(check)
+    monkeypatch.setitem(FAMILIES, "qwen2_moe", runpy.run_path(str(tmp_path / "example.py"))["QWEN2_MOE"])
 
     config = transformers.Qwen2MoeConfig(
         hidden_size=16,
@@ -270,8 +271,8 @@ def test_the_family_of_the_docs_page_is_transformers_own(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     names = {"config": saved, "directory": tmp_path, "math": math, "compile_mapping": compile_mapping, "HfFiles": HfFiles}
-    exec(check, names)
-    assert names["ignored"] == {}
-    assert names["num_parameters"] == model.num_parameters()
+    checked = runpy.run_path(str(tmp_path / "check.py"), names)
+    assert checked["ignored"] == {}
+    assert checked["num_parameters"] == model.num_parameters()
     arguments = megatron_arguments(saved)
     assert (arguments["num_experts"], arguments["moe_shared_expert_intermediate_size"]) == (3, 10)
