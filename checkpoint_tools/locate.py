@@ -34,6 +34,8 @@ class Place:
     """Of Megatron-LM's iterations or dapo-megatron's rollout steps; None where the folder's name does not say it."""
     hf_dir: Path | None
     """Where config.json, tokenizer and the like are; None when the checkpoint does not say."""
+    lost_hf_dir: str | None = None
+    """What the checkpoint says, where there is no such folder: a run may have been moved, or was started elsewhere."""
     sealed: bool = False
     """It has the marker of dapo-megatron, with size and hash of every file."""
 
@@ -48,9 +50,8 @@ class Place:
         """The config.json of `hf_dir`, or the one that belongs to the checkpoint. CheckpointError when there is none."""
         directory = hf_dir or self.hf_dir
         if directory is None:
-            raise CheckpointError(
-                f"{self.root} does not say which model it is; give the folder of its config.json with --hf-config"
-            )
+            why = "does not say which model it is" if self.lost_hf_dir is None else f"is of {self.lost_hf_dir}, which is not here"
+            raise CheckpointError(f"{self.root} {why}; give the folder of its config.json with --hf-config")
         return read_hf_config(directory)
 
 
@@ -126,8 +127,16 @@ def _of_run(checkpoint: Path) -> Place:
     require_complete(checkpoint)
     description = _json_object(checkpoint.parent.parent / CONFIG_FILE)
     model = description.get("config", {}).get("model", {}).get("path")
-    hf_dir = Path(model) if isinstance(model, str) and (Path(model) / CONFIG_FILE).is_file() else None
-    return Place("torch_dist", checkpoint, checkpoint / ACTOR / "weights", num_steps_of(checkpoint), hf_dir, sealed=True)
+    is_here = isinstance(model, str) and (Path(model) / CONFIG_FILE).is_file()
+    return Place(
+        kind="torch_dist",
+        root=checkpoint,
+        weights=checkpoint / ACTOR / "weights",
+        step=num_steps_of(checkpoint),
+        hf_dir=Path(model) if is_here else None,
+        lost_hf_dir=None if is_here else model,
+        sealed=True,
+    )
 
 
 def _iteration(folder: Path) -> int | None:

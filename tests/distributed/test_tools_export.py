@@ -68,7 +68,7 @@ def megatron_logits(rank: int, init_method: str, hf_dir: Path, checkpoint: Path)
     return logits_of(locate(checkpoint), hf_dir, sample_sequences(VOCAB_SIZE))
 
 
-@pytest.mark.parametrize("family", ["llama3_tied", "qwen3"])
+@pytest.mark.parametrize("family", ["llama3_tied", "qwen3_moe", "deepseek_v3"])
 def test_megatron_core_gives_the_logits_of_transformers_from_a_converted_checkpoint(tool: Tool, tmp_path: Path, family: str):
     right = make_hf_model(tmp_path / "right", family, vocab_size=VOCAB_SIZE)
     assert tool("hf-to-megatron", right, tmp_path / "megatron").code == 0

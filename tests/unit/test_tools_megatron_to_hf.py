@@ -15,10 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from checkpoint_tools.torch_dist import TorchDistReader
 from dapo_megatron.weights.families import megatron_arguments
-from tests.tiny_models import FAMILIES, make_hf_model
+from tests.tiny_models import FAMILIES, MOE_FAMILIES, make_hf_model
 from tests.tools import Tool
 from tests.torch_dist import mcore_tensors, save_state, write_torch_dist
+
+EQUAL_LAYERS = ("qwen3_moe", "mixtral")
+"""Families with experts in every layer: Megatron-LM stacks them."""
 
 
 @pytest.fixture
@@ -56,8 +60,10 @@ def assert_same_model(found: Path, wanted: Path) -> None:
         assert a[name].equal(tensor), name
 
 
-@pytest.mark.parametrize("stacked", [False, True], ids=["layers_apart", "layers_stacked"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "stacked"),
+    [(family, False) for family in (*FAMILIES, *MOE_FAMILIES)] + [(family, True) for family in (*FAMILIES, *EQUAL_LAYERS)],
+)
 def test_every_family_comes_back_byte_for_byte_and_loads_strictly(tool: Tool, tmp_path: Path, family: str, stacked: bool):
     hf_dir = make_hf_model(tmp_path / "hf", family)
     checkpoint = write_torch_dist(hf_dir, tmp_path / "megatron", stacked=stacked, arguments=arguments_of(hf_dir))
@@ -65,6 +71,19 @@ def test_every_family_comes_back_byte_for_byte_and_loads_strictly(tool: Tool, tm
     assert_same_model(tmp_path / "out", hf_dir)
     _, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(loading.values()), loading
+
+
+def test_what_megatron_core_keeps_in_fp32_comes_back_in_the_dtype_that_the_model_had(tool: Tool, tmp_path: Path):
+    """The bias of DeepSeek's router."""
+    hf_dir, name = make_hf_model(tmp_path / "hf", "deepseek_v3"), "model.layers.2.mlp.gate.e_score_correction_bias"
+    in_bf16 = {key: tensor.bfloat16() for key, tensor in weights(hf_dir).items()}
+    save_file(in_bf16, hf_dir / "model.safetensors", metadata={"format": "pt"})
+    assert tool("hf-to-megatron", hf_dir, tmp_path / "megatron").code == 0
+    kept = TorchDistReader(tmp_path / "megatron" / "release").tensors["decoder.layers.2.mlp.router.expert_bias"]
+    assert kept.dtype == "F32" and in_bf16[name].any()
+    assert tool("verify", tmp_path / "megatron", hf_dir).code == 0
+    assert tool("megatron-to-hf", tmp_path / "megatron", tmp_path / "out").code == 0
+    assert_same_model(tmp_path / "out", hf_dir)
 
 
 def test_the_directory_has_shards_an_index_and_all_files_beside_the_weights(
