@@ -217,6 +217,9 @@ _INDEX_NAMES: dict[tuple[str, str], Any] = {
     (f"{_DCP}.planner", "WriteItemType"): Inert,
     (f"{_DCP}.planner", "TensorWriteData"): Inert,
     (f"{_DCP}.planner", "BytesIOWriteData"): Inert,
+    # torch before 2.3
+    ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"): TensorProperties,
+    ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"): Inert,
     ("torch.serialization", "_get_layout"): Inert,
     ("pathlib", "PosixPath"): Inert,
     ("pathlib", "Path"): Inert,

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import pickle
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,21 @@ def test_a_killed_export_goes_on_and_checks_what_it_finds(
     assert json.loads(tool("megatron-to-hf", checkpoint, out, *options).out)["num_kept"] == 19
     assert_same_model(out, hf_dir)
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_file_that_the_disk_does_not_take_leaves_work_to_go_on_with(tool: Tool, tmp_path: Path, hf_dir: Path, checkpoint: Path):
+    out, options = tmp_path / "out", ("--hf-config", hf_dir, "--workers", 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        outcome = tool("megatron-to-hf", checkpoint, out, *options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert outcome.code == 1
+    assert "model.safetensors cannot be written (File too large); free some space or raise the quota" in outcome.error
+    assert not out.exists()
+    assert tool("megatron-to-hf", checkpoint, out, *options).code == 0
+    assert_same_model(out, hf_dir)
 
 
 def test_a_dry_run_proves_and_writes_nothing(tool: Tool, tmp_path: Path, hf_dir: Path, checkpoint: Path):
