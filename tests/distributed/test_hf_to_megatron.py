@@ -1,4 +1,4 @@
-"""A converted checkpoint on real ranks: Megatron-LM's own loader, unmodified, under layouts that the converter knows nothing of."""
+"""A converted checkpoint on real ranks: megatron-core's and Megatron-LM's own loaders under layouts that the converter knows nothing of."""
 
 from __future__ import annotations
 
@@ -21,15 +21,33 @@ def convert(source: Path, target: Path) -> None:
     run(Options(source, target, "keep", num_workers=1, max_memory=2**26, dry_run=False, force=False, as_json=False))
 
 
-def load_with_megatron_lm(rank: int, init_method: str, config: Config, checkpoint: Path) -> dict[str, np.ndarray] | None:
+def load_converted(rank: int, init_method: str, config: Config, checkpoint: Path, loader: str) -> dict[str, np.ndarray] | None:
     """On the rank that sends: the HF tensors as the ranks hold them after loading over parameters that were set to a constant."""
     import torch
-    from megatron.core import parallel_state
-    from megatron.training.checkpointing import _load_base_checkpoint, load_args_from_checkpoint
+    from megatron.core import dist_checkpointing, parallel_state
 
     from dapo_megatron.actor.worker import ActorWorker
 
     worker = ActorWorker(config, rank=rank, init_method=init_method)
+    modules = worker.policy.modules
+    with torch.no_grad():
+        for parameter in (parameter for module in modules for parameter in module.parameters()):
+            parameter.fill_(7)
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    wanted: dict[str, Any] = {f"model{i}": module.sharded_state_dict(metadata=metadata) for i, module in enumerate(modules)}
+    if loader == "megatron-core":
+        state = dist_checkpointing.load(wanted, str(checkpoint / "release"))
+    else:
+        state = megatron_lm_load(checkpoint, wanted, modules[0].config.num_layers)
+    for index, module in enumerate(modules):
+        module.load_state_dict(state[f"model{index}"])
+    return programs.received(worker.mapping, list(worker.send_weights(1)))
+
+
+def megatron_lm_load(checkpoint: Path, wanted: dict[str, Any], num_layers: int) -> dict[str, Any]:
+    """The load of Megatron-LM's training loop: tracker file, arguments of the checkpoint, then the tensors."""
+    from megatron.training.checkpointing import _load_base_checkpoint, load_args_from_checkpoint
+
     arguments = argparse.Namespace(
         load=str(checkpoint),
         non_persistent_global_ckpt_dir=None,
@@ -45,41 +63,35 @@ def load_with_megatron_lm(rank: int, init_method: str, config: Config, checkpoin
         verify_integrity=False,
     )
     arguments, _ = load_args_from_checkpoint(arguments)
-    assert arguments.num_layers == worker.policy.modules[0].config.num_layers
-    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    modules = worker.policy.modules
-    with torch.no_grad():
-        for parameter in (parameter for module in modules for parameter in module.parameters()):
-            parameter.fill_(7)
-    wanted: dict[str, Any] = {f"model{i}": module.sharded_state_dict(metadata=metadata) for i, module in enumerate(modules)}
+    assert arguments.num_layers == num_layers
     state, _, is_release, _ = _load_base_checkpoint(str(checkpoint), arguments, sharded_state_dict=wanted)
     assert is_release
-    for index, module in enumerate(modules):
-        module.load_state_dict(state[f"model{index}"])
-    return programs.received(worker.mapping, list(worker.send_weights(1)))
+    return state
 
 
-@pytest.fixture(scope="module", params=["llama3_tied", "qwen2"])
-def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp(request.param)
-    source = make_hf_model(folder / "hf", request.param)
-    convert(source, folder / "megatron")
-    return source, folder / "megatron"
+TP2_SP = {"tensor_parallel_size": 2, "sequence_parallel": True}
+PP2, VPP2 = {"pipeline_parallel_size": 2}, {"virtual_pipeline_size": 2}
+EP2, ETP2 = {"expert_parallel_size": 2}, {"expert_tensor_parallel_size": 2}
+CASES = [
+    ("llama3_tied", {"tensor_parallel_size": 2} | PP2, "Megatron-LM"),
+    ("qwen2", TP2_SP, "megatron-core"),
+    ("qwen3", PP2 | VPP2, "megatron-core"),
+    ("qwen3_moe", {"num_ranks": 4} | TP2_SP | EP2, "megatron-core"),
+    ("qwen3_moe_some_dense", PP2, "megatron-core"),
+    ("mixtral", TP2_SP | ETP2, "megatron-core"),
+    ("deepseek_v2", {"num_ranks": 4} | PP2 | EP2, "megatron-core"),
+    ("deepseek_v3", TP2_SP | EP2, "Megatron-LM"),
+    ("moonlight", {"num_ranks": 2} | EP2, "megatron-core"),
+]
+"""Every family: with layers stacked under one key, or apart where MoE layers are picked by a list; a vocabulary that needs padding."""
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        {"tensor_parallel_size": 2},
-        {"pipeline_parallel_size": 2, "virtual_pipeline_size": 2},
-        {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
-    ],
-    ids=["tp2", "pp2_vpp2", "tp2_pp2"],
-)
-def test_megatron_lm_loads_the_converted_weights_bit_by_bit(converted: tuple[Path, Path], layout: dict[str, int]):
-    source, checkpoint = converted
+@pytest.mark.parametrize(("family", "layout", "loader"), CASES, ids=[f"{family}-{loader}" for family, _, loader in CASES])
+def test_a_converted_checkpoint_loads_bit_by_bit(tmp_path: Path, family: str, layout: dict[str, Any], loader: str):
+    source, checkpoint = make_hf_model(tmp_path / "hf", family), tmp_path / "megatron"
+    convert(source, checkpoint)
     config = programs.make_config(source, **layout)
-    (loaded,) = (got for got in run_ranks(load_with_megatron_lm, config.actor.world_size, config, checkpoint) if got is not None)
+    loaded = run_ranks(load_converted, config.actor.world_size, config, checkpoint, loader)[0]
     expected = load_file(source / "model.safetensors")
     assert loaded.keys() == expected.keys()
     for name, tensor in expected.items():
