@@ -47,7 +47,7 @@ clean: ## remove .venv and caches; runs/ stays
 $(VENV)/installed: pyproject.toml constraints.txt | $(filter .uv/bin/uv,$(UV))
 	$(if $(PYTHON),,@echo 'no Python 3.12 found: uv downloads one')
 	test -x $(BIN)/python || $(UV) venv --python $(or $(PYTHON),3.12) $(VENV)
-	$(UV) pip install --python $(BIN)/python --constraints constraints.txt --editable '.[$(EXTRAS)]'
+	$(UV) pip install --compile-bytecode --python $(BIN)/python --constraints constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
 
 .uv/bin/uv:
