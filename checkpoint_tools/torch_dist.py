@@ -99,6 +99,7 @@ class TorchDistReader:
         except (AttributeError, TypeError) as error:
             raise CheckpointError(f"{self.directory / INDEX} is damaged ({error}); get the checkpoint again") from error
         self._check_sizes(stored.values())
+        self._paths: dict[str, Path] = {}
         self._located: dict[StoredBytes, LocatedChunk] = {}
         self._reader = SpanReader()
 
@@ -142,6 +143,12 @@ class TorchDistReader:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    def _path(self, file: str) -> Path:
+        """One object a file: there may be a hundred thousand chunks."""
+        if file not in self._paths:
+            self._paths[file] = self.directory / file
+        return self._paths[file]
+
     def _stored(self, index: Metadata) -> dict[tuple[str, tuple[int, ...] | None], StoredBytes]:
         """By key and offset, None for an object."""
         stored = {}
@@ -150,7 +157,7 @@ class TorchDistReader:
                 raise CheckpointError(
                     f"{self.directory}: {place.fqn} is stored with {info.transform_descriptors}; save the checkpoint uncompressed"
                 )
-            if Path(info.relative_path).name != info.relative_path:
+            if os.sep in info.relative_path:
                 raise CheckpointError(f"{self.directory / INDEX}: file {info.relative_path!r} lies outside of the checkpoint")
             offset = None if place.offset is None else tuple(place.offset)
             stored[place.fqn, offset] = StoredBytes(info.relative_path, info.offset, info.length)
@@ -173,8 +180,9 @@ class TorchDistReader:
                 )
 
     def _open_chunk(self, tensor: TorchDistTensor, chunk: Chunk) -> LocatedChunk:
-        what = f"{self.directory / chunk.stored.file}: {tensor.key} at {chunk.offset}"
-        window = _Window(self._reader.descriptor(self.directory / chunk.stored.file), chunk.stored)
+        path = self._path(chunk.stored.file)
+        what = f"{path}: {tensor.key} at {chunk.offset}"
+        window = _Window(self._reader.descriptor(path), chunk.stored)
         archive = TorchArchive(cast(BinaryIO, window), what)
         described = load_tensor_description(archive.read("data.pkl"), what)
         start, num_bytes = archive.place(f"data/{described.record}")
@@ -188,7 +196,7 @@ class TorchDistReader:
             raise CheckpointError(f"{what} is damaged (no {needed} bytes of elements); get the checkpoint again")
         strides = tuple(stride * itemsize for stride in described.strides)
         first = chunk.stored.start + start + described.offset * itemsize
-        return LocatedChunk(self.directory / chunk.stored.file, first, strides)
+        return LocatedChunk(path, first, strides)
 
 
 class _Window(io.RawIOBase):
