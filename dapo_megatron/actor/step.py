@@ -91,17 +91,21 @@ class LmHead:
         context: HeadInput,
         config: Any,
         **_: Any,
-    ) -> tuple[Tensor, ...]:
-        """hidden_states [T, 1, H] ([T / TP, 1, H] under sequence parallelism) -> ([loss sum], log-probs [R], entropies [R]), fp32."""
+    ) -> Tensor | tuple[Tensor, ...]:
+        """hidden_states [T, 1, H] ([T / TP, 1, H] under sequence parallelism) -> (loss sum, log-probs [R], entropies [R]), fp32.
+
+        Log-probs alone without a loss: of a model with experts the schedule takes one tensor.
+        """
         weight = output_layer.weight if output_weight is None else output_weight
         if config.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
         rows = hidden_states.squeeze(1).index_select(0, context.batch.rows)
         targets, vocabulary = context.batch.targets, self._vocabulary(weight.shape[0])
         if context.loss is None:
-            return log_probs_and_entropy(
+            log_probs, _ = log_probs_and_entropy(
                 rows, weight, targets, vocabulary=vocabulary, temperature=self.temperature, chunk_tokens=self.chunk_tokens
             )
+            return log_probs
         return head_loss(
             rows,
             weight,
@@ -216,7 +220,7 @@ def _forward_loss(
 
 def _forward_log_probs(items: Iterator[tuple[MicroBatchTensors, None]], model: Any, *, head: LmHead) -> tuple:
     batch, _ = next(items)
-    return _forward(model, head, batch, None), lambda output, non_loss_data: output[0]
+    return _forward(model, head, batch, None), lambda output, non_loss_data: output
 
 
 def _three_parts(output: tuple[Tensor, Tensor, Tensor], *, loss: MicroBatchLoss) -> tuple:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,21 @@ class OracleRun:
 def load(directory: Path) -> torch.nn.Module:
     """The transformers model in fp32."""
     return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+
+
+def per_expert(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors by the names of the files: transformers fuses the experts of a layer into two tensors in memory."""
+    split = {}
+    for name, tensor in tensors.items():
+        prefix, _, fused = name.rpartition(".experts.")
+        if not prefix:
+            split[name] = tensor
+            continue
+        for expert, of_expert in enumerate(tensor):
+            names = ("gate_proj", "up_proj") if fused == "gate_up_proj" else ("down_proj",)
+            for part, rows in zip(names, of_expert.chunk(len(names)), strict=True):
+                split[f"{prefix}.experts.{expert}.{part}.weight"] = rows
+    return split
 
 
 def sequence_logits(model: torch.nn.Module, sample: TrainSample) -> torch.Tensor:
@@ -80,11 +96,13 @@ def train(directory: Path, config: Config, batch: TrainBatch) -> OracleRun:
             sample_loss.backward()
             loss += sample_loss.item()
             num_clipped += int((objective != ratio * sample.advantage).sum())
-        gradients = {name: parameter.grad.numpy().copy() for name, parameter in model.named_parameters()}
+        gradients = per_expert({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip_grad or torch.inf)
         optimizer.step()
-        updates.append(OracleUpdate(loss, step.num_loss_tokens, float(norm), gradients, num_clipped))
-    return OracleRun(updates, {name: parameter.detach().numpy() for name, parameter in model.named_parameters()})
+        in_numpy = {name: gradient.numpy() for name, gradient in gradients.items()}
+        updates.append(OracleUpdate(loss, step.num_loss_tokens, float(norm), in_numpy, num_clipped))
+    weights = per_expert({name: parameter.detach() for name, parameter in model.named_parameters()})
+    return OracleRun(updates, {name: tensor.numpy() for name, tensor in weights.items()})
 
 
 def _samples(step: OptimizerStepBatch) -> list[TrainSample]:

@@ -43,6 +43,7 @@ SELECTIVE, PLAIN_OPTIMIZER = {"recompute": "selective"}, {"use_distributed_optim
 FIRST1, LAST1 = {"num_layers_in_first_pipeline_stage": 1}, {"num_layers_in_last_pipeline_stage": 1}
 FIRST2, FIRST4 = {"num_layers_in_first_pipeline_stage": 2}, {"num_layers_in_first_pipeline_stage": 4}
 DP2, DP4 = {"num_ranks": 2}, {"num_ranks": 4}
+EP2, EP4, ETP2 = {"expert_parallel_size": 2}, {"expert_parallel_size": 4}, {"expert_tensor_parallel_size": 2}
 
 CASES = (
     Case("one_rank", {}),
@@ -76,6 +77,10 @@ CASES = (
     Case("tp2_dp2_plain_optimizer", DP4 | TP2 | PLAIN_OPTIMIZER, num_updates=1),
     Case("pp2_dp2", DP4 | PP2, "qwen2", samples_per_micro_batch=1),
     Case("pp2_vpp2_dp2", DP4 | PP2 | VPP2, "qwen3"),
+    Case("experts_ep2", DP2 | EP2, "qwen3_moe"),
+    Case("experts_tp2_sp_etp2", TP2 | SP | ETP2, "qwen3_moe", num_updates=1),
+    Case("experts_tp2_sp_dp2_ep4_recompute", DP4 | TP2 | SP | EP4 | FULL, "qwen3_moe", samples_per_micro_batch=1),
+    Case("experts_pp2_dp2_ep2_plain_optimizer", DP4 | PP2 | EP2 | PLAIN_OPTIMIZER, "qwen3_moe_some_dense"),
 )
 
 
@@ -84,7 +89,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """`three_groups` has heads as in SmolLM2: 3 query groups of 3 heads, which 2 ranks do not divide."""
     folder = tmp_path_factory.mktemp("models")
     nine_heads = {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3}
-    return {family: make_hf_model(folder / family, family) for family in FAMILIES} | {
+    with_experts = ("qwen3_moe", "qwen3_moe_some_dense")
+    return {family: make_hf_model(folder / family, family) for family in (*FAMILIES, *with_experts)} | {
         "six_layers": make_hf_model(folder / "six_layers", "qwen3", num_hidden_layers=6),
         "three_groups": make_hf_model(folder / "three_groups", "llama3_tied", **nine_heads),
     }
@@ -137,7 +143,7 @@ def test_every_layout_agrees_with_transformers(models: dict[str, Path], case: Ca
     loaded, got = run_ranks(programs.load_and_replay, config.actor.world_size, config, batch)[0]
     want = expected(model, count, case.num_updates)
 
-    before = dict(oracle.load(model).named_parameters())
+    before = oracle.per_expert(dict(oracle.load(model).named_parameters()))
     assert loaded.keys() == got.gradients.keys() == got.weights.keys() == before.keys()
     for name, parameter in before.items():
         assert np.array_equal(loaded[name], parameter.detach().numpy()), name

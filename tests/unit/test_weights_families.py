@@ -253,7 +253,7 @@ def test_the_family_of_the_docs_page_is_transformers_own(tmp_path, monkeypatch):
     example, check = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     (tmp_path / "example.py").write_text(example)
     (tmp_path / "check.py").write_text(check)
-    monkeypatch.setitem(FAMILIES, "qwen2_moe", runpy.run_path(str(tmp_path / "example.py"))["QWEN2_MOE"])
+    monkeypatch.setitem(FAMILIES, "qwen2_moe", runpy.run_path(str(tmp_path / "example.py"))["FAMILY"])
 
     config = transformers.Qwen2MoeConfig(
         hidden_size=16,
