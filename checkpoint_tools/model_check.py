@@ -12,7 +12,7 @@ from checkpoint_tools.locate import Place
 from checkpoint_tools.safe_pickle import Inert
 from checkpoint_tools.torch_dist import TorchDistReader
 from dapo_megatron.launcher.identity import digest_of_model
-from dapo_megatron.types import MappingError
+from dapo_megatron.types import CheckpointError, MappingError
 from dapo_megatron.weights.families import megatron_arguments
 
 _NOT_ARCHITECTURE = ("vocab_size", "max_position_embeddings")
@@ -63,7 +63,10 @@ def _check_run(place: Place, hf_dir: Path) -> int:
     file = place.root / _CONTROLLER_STATE
     if not place.sealed or not file.is_file():  # a checkpoint that is kept for its weights has none
         return 0
-    recorded = json.loads(file.read_text())["identity"]["items"]["model"]
+    try:
+        recorded = json.loads(file.read_text())["identity"]["items"]["model"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged ({error!r}); use another checkpoint of the run") from error
     if (now := digest_of_model(hf_dir)) != recorded:
         raise MappingError(
             f"{place.root} was trained with a config.json of hash {recorded}, {hf_dir / 'config.json'} has {now}; "
