@@ -30,7 +30,7 @@ from checkpoint_tools.errors import writing
 from checkpoint_tools.hf_companions import COMPANIONS, CONFIG_FILE, copy_companions, read_hf_config
 from checkpoint_tools.import_plan import ImportPlan, ImportTask, plan_import
 from checkpoint_tools.import_worker import BUFFER_BYTES, ImportWorker
-from checkpoint_tools.manifest import Manifest, TensorRecord, source_files, write_provenance
+from checkpoint_tools.manifest import RELEASE, TRACKER_FILE, Manifest, TensorRecord, source_files, write_provenance
 from checkpoint_tools.output_folder import OutputFolder, check_room, check_target, open_output
 from checkpoint_tools.torch_dist_files import (
     StoredChunk,
@@ -46,9 +46,6 @@ from dapo_megatron.weights.file_digest import digest_file
 from dapo_megatron.weights.hf_files import HfFiles
 from dapo_megatron.weights.plan import compile_mapping
 
-RELEASE = "release"
-"""The iteration of weights that come without optimizer and random streams: Megatron-LM starts at 0 from them."""
-TRACKER_FILE = "latest_checkpointed_iteration.txt"
 _INTERPRETER_BYTES = 60 * 10**6
 _TORCH_BYTES = 550 * 10**6
 """Resident sets of a process, without and with torch, which workers need to change dtypes."""

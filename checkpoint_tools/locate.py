@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from checkpoint_tools.hf_companions import COMPANIONS, CONFIG_FILE, read_hf_config
-from checkpoint_tools.manifest import PROVENANCE_FILE
+from checkpoint_tools.manifest import PROVENANCE_FILE, RELEASE, TRACKER_FILE, Manifest
 from checkpoint_tools.torch_dist import is_torch_dist
 from dapo_megatron.launcher.run_folder import ACTOR, MARKER, RunFolder, num_steps_of, require_complete
 from dapo_megatron.types import CheckpointError
 
 Kind = Literal["hf", "torch_dist", "legacy"]
-_TRACKER = "latest_checkpointed_iteration.txt"
 _ITERATION = re.compile(r"iter_(\d+)")
 _LEGACY_RANK = re.compile(r"mp_rank_\d+(_\d+)*")
 
@@ -45,6 +44,12 @@ class Place:
             raise CheckpointError(
                 f"{self.root} is {_NAMES[self.kind]}, and must be {' or '.join(_NAMES[k] for k in kinds)}; {_REMEDIES[self.kind]}"
             )
+
+    def manifest(self) -> Manifest | None:
+        """What these tools recorded when they wrote it; None for a checkpoint of anybody else, which may lie in the same folder."""
+        if self.kind == "hf":
+            return Manifest.read(self.root)
+        return Manifest.read(self.weights.parent) if self.weights.name == RELEASE else None
 
     def hf_config(self, hf_dir: Path | None = None) -> dict[str, Any]:
         """The config.json of `hf_dir`, or the one that belongs to the checkpoint. CheckpointError when there is none."""
@@ -77,7 +82,7 @@ def locate(path: Path) -> Place:
         return _torch_dist(path, path)
     if (path / MARKER).is_file() or (path.parent.name == "checkpoints" and path.name.startswith("step_")):
         return _of_run(path)
-    if (path / _TRACKER).is_file():
+    if (path / TRACKER_FILE).is_file():
         return _tracked(path)
     if any(_LEGACY_RANK.fullmatch(child.name) for child in path.iterdir()):
         return Place("legacy", path, path, _iteration(path), None)
@@ -92,7 +97,7 @@ def locate(path: Path) -> Place:
     if (path / "weights").is_dir() and is_torch_dist(path / "weights"):
         return _torch_dist(path, path / "weights")
     raise CheckpointError(
-        f"{path} is no checkpoint: it has neither config.json nor metadata.json, {_TRACKER} nor mp_rank_*; give the folder of one"
+        f"{path} is no checkpoint: it has neither config.json nor metadata.json, {TRACKER_FILE} nor mp_rank_*; give the folder of one"
     )
 
 
@@ -110,11 +115,11 @@ def _recorded_source(root: Path) -> Path | None:
 
 
 def _tracked(path: Path) -> Place:
-    text = (path / _TRACKER).read_text().strip()
+    text = (path / TRACKER_FILE).read_text().strip()
     name = f"iter_{int(text):07d}" if text.isdecimal() else text
     folder = path / name
     if Path(name).name != name or not folder.is_dir():
-        raise CheckpointError(f"{path / _TRACKER} says {text!r}, and {folder} is no folder; give the folder of an iteration")
+        raise CheckpointError(f"{path / TRACKER_FILE} says {text!r}, and {folder} is no folder; give the folder of an iteration")
     if any(_LEGACY_RANK.fullmatch(child.name) for child in folder.iterdir()):
         return Place("legacy", path, folder, _iteration(folder), None)
     place = _torch_dist(path, folder)

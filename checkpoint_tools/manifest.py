@@ -14,6 +14,10 @@ import xxhash
 from dapo_megatron.types import CheckpointError
 
 MANIFEST_FILE, PROVENANCE_FILE = "manifest.json", "provenance.json"
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
+"""Megatron-LM's: which iteration in this folder to load."""
+RELEASE = "release"
+"""The iteration of weights that come without optimizer and random streams: Megatron-LM starts at 0 from them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,7 +127,7 @@ def plan_export(checkpoint: Path, hf_dir: Path | None, shard_bytes: int) -> Expo
 
 def _exported_dtypes(place: Place, source: MegatronSource) -> dict[str, str]:
     """Those that are saved; of a converted checkpoint the original ones, where megatron-core keeps BF16 in F32."""
-    manifest = Manifest.read(place.root) or Manifest.read(place.root.parent)
+    manifest = place.manifest()
     before = {} if manifest is None else {name: record.dtype for name, record in manifest.tensors.items()}
     return {
         name: "BF16" if (tensor.dtype, before.get(name)) == ("F32", "BF16") else tensor.dtype

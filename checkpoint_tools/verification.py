@@ -168,7 +168,7 @@ def _open_megatron_side(place: Place, hf_dir: Path | None) -> Side:
     with TorchDistReader(place.weights) as reader:
         check_model(place, reader, hf_config, hf_dir)
         source = open_megatron(reader, compile_mapping(hf_config))
-    manifest = Manifest.read(place.root) or Manifest.read(place.root.parent)
+    manifest = place.manifest()
     tensors: dict[str, Rows] = {}
     for name, tensor in source.tensors.items():
         before = None if manifest is None or name not in manifest.tensors else manifest.tensors[name].dtype
@@ -187,7 +187,7 @@ def _open_hf(place: Place, raw: bool) -> Side:
         elif name not in scales:
             span = whole_span(place.weights / tensor.file, tensor.offset, tensor.shape, tensor.dtype)
             tensors[name] = SpanRows(SpanTensor(name, tensor.shape, tensor.dtype, (span,)))
-    return Side(place, tensors, _dispensable(files, _mapping_of(place)), {}, Manifest.read(place.root))
+    return Side(place, tensors, _dispensable(files, _mapping_of(place)), {}, place.manifest())
 
 
 def _dispensable(files: HfFiles, mapping: ModelMapping | None) -> dict[str, str]:

@@ -137,6 +137,20 @@ def test_what_was_changed_since_it_was_written_is_found_by_its_manifest(
     assert len(problems) == 2 and all("is not what its manifest says was written" in text for text in problems.values())
 
 
+def test_what_was_trained_and_saved_beside_a_converted_checkpoint_is_not_held_against_its_manifest(
+    tool: Tool, tmp_path: Path, hf_dir: Path
+):
+    """Megatron-LM with the same --load and --save."""
+    assert tool("hf-to-megatron", hf_dir, tmp_path / "megatron").code == 0
+    trained = changed(hf_dir, tmp_path / "trained", **{NAME: original(hf_dir) * 2})
+    write_torch_dist(trained, tmp_path / "megatron" / "iter_0000100")
+    (tmp_path / "megatron" / "latest_checkpointed_iteration.txt").write_text("100")
+    outcome = tool("verify", tmp_path / "megatron", trained)
+    assert outcome.code == 0 and "step 100" in outcome.out and "hashes" not in outcome.out
+    outcome = tool("verify", tmp_path / "megatron" / "release", hf_dir)
+    assert outcome.code == 0 and "50 hashes agree" in outcome.out
+
+
 def test_several_workers_find_the_same(tool: Tool, tmp_path: Path, hf_dir: Path, checkpoint: Path):
     tensor = original(hf_dir)
     tensor[3, 5] += 1
