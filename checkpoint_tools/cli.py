@@ -27,6 +27,8 @@ No model is built, no process group is started, no GPU and no TransformerEngine 
 
 - `checkpoint-tools hf-to-megatron models/Qwen2.5-7B ckpt/qwen --dry-run`: what would happen, how much and how long
 - `checkpoint-tools hf-to-megatron models/Qwen2.5-7B ckpt/qwen`: then load it with Megatron under any layout
+- `checkpoint-tools megatron-to-hf runs/quickstart models/trained`: and back, of a run or of Megatron-LM
+- `checkpoint-tools verify models/Qwen2.5-7B ckpt/qwen`: bit by bit, tensor by tensor
 
 **Exit codes** 0: done. 1: begun and failed, or a difference found; the same command goes on where it stopped. 2: nothing was begun,
 mend the input. 130: interrupted; the same command goes on.
@@ -196,19 +198,20 @@ def inspect(
     path: Annotated[
         Path,
         typer.Argument(
+            metavar="PATH",
             help="Hugging Face directory, torch_dist checkpoint, legacy mp_rank_* folder, or a run (the newest checkpoint).",
             show_default=False,
         ),
     ],
     pattern: Annotated[
         str | None,
-        typer.Option("--filter", metavar="PATTERN", help="Only tensors whose name fits, e.g. '*layers.3.*'.", show_default=False),
+        typer.Option("--filter", metavar="PATTERN", help="Only tensors whose name fits, e.g. `*layers.3.*`.", show_default=False),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """What a checkpoint holds: names, shapes, dtypes, files, bytes, parameters, family, step and the layout it was saved under.
 
-    Reads headers alone, so it takes a second whatever the size.
+    Reads headers alone, so it takes seconds whatever the size.
 
     **Examples**
 
