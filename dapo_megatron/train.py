@@ -25,6 +25,7 @@ from dapo_megatron.launcher.run_folder import RunFolder, num_steps_of
 from dapo_megatron.metrics.console import RunConsole
 from dapo_megatron.metrics.writers import MetricsWriter
 from dapo_megatron.rewards.workers import RewardWorkers
+from dapo_megatron.rollout.sglang_arguments import server_argument_names, sglang_is_installed
 from dapo_megatron.types import CheckpointError, ConfigError, EngineError, NumericsError, WorkerDiedError
 
 PACKAGES = ("dapo-megatron", "torch", "megatron-core", "transformer-engine", "transformers", "ray", "sglang")
@@ -79,12 +80,26 @@ def check(config: Config) -> tuple[PromptSet, PromptSet | None]:
     Returns the training prompts and the held-out ones.
     """
     hf_config = read_hf_config(config.model.path) if (config.model.path / "config.json").is_file() else None
-    problems = check_config(config, hf_config, _megatron_extra_names() if config.actor.megatron_extra else None)
+    problems = check_config(
+        config,
+        hf_config,
+        _megatron_extra_names() if config.actor.megatron_extra else None,
+        server_argument_names() if config.rollout.sglang_extra and sglang_is_installed() else None,
+    )
+    problems += needs_sglang(config)
     if problems:
         raise ConfigError(problems)
     tokenizer = load_tokenizer(config.model.path)
     held_out = load_prompts(config.eval_data, tokenizer) if config.eval_data else None
     return load_prompts(config.data, tokenizer), held_out
+
+
+def needs_sglang(config: Config) -> list[str]:
+    """A sentence when the run starts servers and the package is not there."""
+    engine = config.rollout.engine
+    if engine.type == "hf" or engine.engine_urls or sglang_is_installed():
+        return []
+    return ["rollout.engine.type sglang needs the package sglang; pip install 'dapo-megatron[sglang]'."]
 
 
 def _megatron_extra_names() -> frozenset[str]:

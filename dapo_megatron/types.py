@@ -6,6 +6,7 @@ Everything here is picklable and free of torch, ray, megatron and sglang, so any
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 from dapo_megatron.arrays import FLOAT32, INT32, Float32Array, Int32Array, records_equal, set_column
@@ -155,6 +156,23 @@ class TrainBatch:
         return TrainBatch(tuple(step.share(dp_rank) for step in self.optimizer_steps))
 
 
+@dataclass(frozen=True, slots=True)
+class EngineEndpoint:
+    """Where a rollout server listens; requests carry the header `Authorization: Bearer API_KEY` when there is a key."""
+
+    name: str
+    """As users know it: `engine 0`."""
+    url: str
+    """`http://host:port`, without a slash at the end."""
+    tensor_parallel_size: int
+    device: Literal["cpu", "cuda"]
+    node: str = "127.0.0.1"
+    """Address of the machine."""
+    api_key: str | None = field(default=None, repr=False)
+    log_file: Path | None = None
+    """Its output; None for a server that the run did not start."""
+
+
 class DapoMegatronError(Exception):
     """Root of every error this library raises on purpose. The message says value, rule and remedy."""
 
@@ -192,6 +210,10 @@ class CheckpointError(DapoMegatronError):
 
 class EngineError(DapoMegatronError):
     """A rollout engine failed or did not answer in time."""
+
+
+class EngineLostError(EngineError):
+    """A rollout server is gone or does not answer: its requests can be sent to another one."""
 
 
 class NumericsError(DapoMegatronError):

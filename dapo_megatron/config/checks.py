@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dapo_megatron.config.fields import did_you_mean, either, nearest
-from dapo_megatron.config.schema import Config
+from dapo_megatron.config.schema import Config, SglangEngineConfig
 from dapo_megatron.types import ConfigError
 
 DENSE_MODEL_TYPES = ("llama", "qwen2", "qwen3")
@@ -48,13 +48,41 @@ OWNED_MEGATRON_FIELDS: Mapping[str, str] = {
 """TransformerConfig fields that `actor.megatron_extra` may not touch, and who sets them."""
 
 
+OWNED_SERVER_ARGUMENTS: Mapping[str, str] = {
+    "model_path": "model.path",
+    "tensor_parallel_size": "rollout.engine.tensor_parallel_size",
+    "tp_size": "rollout.engine.tensor_parallel_size",
+    "dtype": "rollout.engine.dtype",
+    "mem_fraction_static": "rollout.engine.mem_fraction_static",
+    "max_running_requests": "rollout.engine.max_running_requests",
+    "max_total_tokens": "rollout.engine.max_total_tokens",
+    "stream_interval": "rollout.engine.stream_interval_tokens",
+    "enable_return_routed_experts": "rollout.engine.return_routed_experts",
+    "random_seed": "run.seed",
+    "device": "the machine",
+    "host": "the launcher",
+    "port": "the launcher",
+    "api_key": "the launcher",
+    "base_gpu_id": "the launcher",
+    "weight_version": "the weight sync",
+    "enable_memory_saver": "cluster.placement",
+    "skip_tokenizer_init": "the engine's client, which reads token ids",
+    "incremental_streaming_output": "the engine's client",
+}
+"""Arguments of SGLang that `rollout.sglang_extra` may not touch, and who sets them."""
+
+
 def check_config(
-    config: Config, hf_config: Mapping[str, Any] | None, transformer_config_fields: frozenset[str] | None = None
+    config: Config,
+    hf_config: Mapping[str, Any] | None,
+    transformer_config_fields: frozenset[str] | None = None,
+    server_arguments: frozenset[str] | None = None,
 ) -> list[str]:
     """Every problem of the configuration as one sentence; an empty list when it can work.
 
     `hf_config` is the model's config.json (`read_hf_config`); None leaves the rules about the model out.
     `transformer_config_fields` are the names of megatron-core's TransformerConfig; None leaves `actor.megatron_extra` unchecked.
+    `server_arguments` are those of SGLang's ServerArgs; None leaves `rollout.sglang_extra` unchecked.
     """
     problems = [
         *_step_sizes(config),
@@ -62,6 +90,7 @@ def check_config(
         *_log_probs(config),
         *_layout(config),
         *_one_process(config),
+        *_servers(config),
         *_restarts(config),
         *_model_directory(config.model.path),
         *_data_file("data.path", config.data.path),
@@ -75,8 +104,11 @@ def check_config(
         problems += _positions(config, hf_config, "rollout", config.rollout.max_response_tokens)
         if config.eval.path is not None and config.eval.max_response_tokens is not None:
             problems += _positions(config, hf_config, "eval", config.eval.max_response_tokens)
+        problems += _servers_of_model(config, hf_config)
     if transformer_config_fields is not None:
         problems += _megatron_extra(config, transformer_config_fields)
+    if server_arguments is not None:
+        problems += _sglang_extra(config, server_arguments)
     return problems
 
 
@@ -93,7 +125,7 @@ def check_evaluation(config: Config, hf_config: Mapping[str, Any] | None, *, sta
     ]
     if config.eval.path is None:
         problems.append("--data is missing: the run has no eval.path; give a JSONL or parquet file, or the name of a data set.")
-    problems += _one_process(config)
+    problems += [*_one_process(config), *_servers(config)]
     if starts_actor:
         problems += _layout(config)
     if hf_config is not None:
@@ -134,6 +166,52 @@ def _one_process(config: Config) -> Iterator[str]:
     ):
         if value != 1:
             yield f"{name} ({value}) must be 1 where cluster.backend is local: all is one process; use 1, or cluster.backend ray."
+
+
+def _servers(config: Config) -> Iterator[str]:
+    """Rules of `rollout.engine.type: sglang`."""
+    engine = config.rollout.engine
+    if not isinstance(engine, SglangEngineConfig):
+        if config.rollout.sglang_extra:
+            names = ", ".join(config.rollout.sglang_extra)
+            yield f"rollout.sglang_extra ({names}) has no effect with rollout.engine.type {engine.type}; use type sglang, or remove it."
+        return
+    if config.cluster.backend == "local":
+        yield "rollout.engine.type sglang needs cluster.backend ray: an engine is a server process; use ray, or the engine type hf."
+    num_urls = len(engine.engine_urls)
+    if num_urls and num_urls != config.rollout.num_engines:
+        yield (
+            f"rollout.num_engines ({config.rollout.num_engines}) must be the number of rollout.engine.engine_urls ({num_urls}); "
+            f"use {num_urls}."
+        )
+    if num_urls and config.rollout.sglang_extra:
+        yield "rollout.sglang_extra has no effect on servers that run already (rollout.engine.engine_urls); remove it."
+    for url in engine.engine_urls:
+        if not url.startswith(("http://", "https://")) or url.endswith("/"):
+            yield f"rollout.engine.engine_urls ({url}) must look like http://host:port; correct it."
+    if engine.api_key_env is not None and not engine.engine_urls:
+        yield (
+            f"rollout.engine.api_key_env ({engine.api_key_env}) has no effect without rollout.engine.engine_urls: servers of the run "
+            "get a key of their own; remove it."
+        )
+    if engine.api_key_env is not None and engine.api_key_env not in os.environ:
+        yield f"rollout.engine.api_key_env ({engine.api_key_env}) must name an environment variable that is set; export it."
+    if engine.weight_transport == "disk" and engine.weight_sync_dir is None:
+        yield "rollout.engine.weight_sync_dir is missing: weight_transport disk needs it; give a folder that actor and engines see."
+
+
+def _servers_of_model(config: Config, hf_config: Mapping[str, Any]) -> Iterator[str]:
+    engine = config.rollout.engine
+    if not isinstance(engine, SglangEngineConfig):
+        return
+    num_heads = hf_config.get("num_attention_heads")
+    if isinstance(num_heads, int) and num_heads % engine.tensor_parallel_size:
+        yield (
+            f"rollout.engine.tensor_parallel_size ({engine.tensor_parallel_size}) must divide num_attention_heads ({num_heads}) of "
+            f"{config.model.path}; use {either(_divisors(num_heads, limit=64))}."
+        )
+    if engine.return_routed_experts and hf_config.get("model_type") in DENSE_MODEL_TYPES:
+        yield f"rollout.engine.return_routed_experts must be false: {config.model.path} has no experts; remove it."
 
 
 def _step_sizes(config: Config) -> Iterator[str]:
@@ -403,6 +481,17 @@ def _megatron_extra(config: Config, transformer_config_fields: frozenset[str]) -
         elif name not in transformer_config_fields:
             close = nearest(name, transformer_config_fields)
             yield f"actor.megatron_extra.{name} is not a field of megatron-core's TransformerConfig" + (
+                did_you_mean(close) or "; remove it."
+            )
+
+
+def _sglang_extra(config: Config, server_arguments: frozenset[str]) -> Iterator[str]:
+    for name in config.rollout.sglang_extra:
+        if name in OWNED_SERVER_ARGUMENTS:
+            yield f"rollout.sglang_extra.{name} must not be given: it is set by {OWNED_SERVER_ARGUMENTS[name]}; remove it."
+        elif name not in server_arguments:
+            close = nearest(name, server_arguments)
+            yield f"rollout.sglang_extra.{name} is not an argument of SGLang's ServerArgs" + (
                 did_you_mean(close) or "; remove it."
             )
 

@@ -6,9 +6,9 @@ Unknown keys are errors, values are frozen, what can be derived is a property. R
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveFloat, PositiveInt, Tag
 
 from dapo_megatron.types import LossAggregation
 
@@ -221,10 +221,60 @@ class HfEngineConfig(Section):
     """CPU threads. None: the cores of the machine divided by num_engines."""
 
 
+class SglangEngineConfig(Section):
+    """SGLang servers, one process tree per engine: started by the run, or running already (`engine_urls`)."""
+
+    type: Literal["sglang"] = "sglang"
+    tensor_parallel_size: PositiveInt = 1
+    """Ranks (GPUs) of one engine."""
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """Compute dtype of the engine."""
+    num_threads: PositiveInt | None = None
+    """CPU threads of a rank, where there is no GPU. None: the cores of the machine divided by the ranks of all engines."""
+    mem_fraction_static: float | None = Field(None, gt=0, lt=1)
+    """Share of the device's memory for weights and KV cache. None: SGLang's own choice."""
+    max_running_requests: PositiveInt | None = None
+    """Sequences decoded together. None: what the KV cache holds."""
+    max_total_tokens: PositiveInt | None = None
+    """Size of the KV cache, in tokens. None: what mem_fraction_static leaves; 65536 where there is no GPU."""
+    stream_interval_tokens: PositiveInt = 32
+    """The controller hears of new tokens in pieces of this size; what it has heard of survives the engine."""
+    return_routed_experts: bool = False
+    """Keep the experts that each token was routed to with its sample. Needs a model with experts."""
+    engine_urls: tuple[str, ...] = ()
+    """Servers that run already, e.g. `http://10.0.0.7:30000`; the run neither starts nor stops nor restarts them. Empty: it does."""
+    api_key_env: str | None = None
+    """Environment variable with the API key of `engine_urls`. None: they want none."""
+    weight_transport: Literal["auto", "tensor", "distributed", "disk"] = "auto"
+    """How weights reach the engine. tensor: memory shared on one node. distributed: broadcast. disk: files in weight_sync_dir.
+    auto: tensor for an engine on the node of actor rank 0, else distributed."""
+    weight_sync_dir: Path | None = None
+    """For weight_transport disk: a folder that actor and engines see under the same path."""
+    health_interval_seconds: float = Field(5.0, gt=0)
+    """Time between two looks at the health of an engine."""
+    health_deadline_seconds: float = Field(60.0, gt=0)
+    """An engine that gives no sign of health for so long is replaced, and its requests go to others."""
+    restart_deadline_seconds: float = Field(900.0, gt=0)
+    """The run ends when no engine at all has served for so long."""
+
+
+def _engine_type(value: Any) -> Any:
+    return value.get("type", "hf") if isinstance(value, dict) else getattr(value, "type", None)
+
+
+EngineConfig = Annotated[
+    Annotated[HfEngineConfig, Tag("hf")] | Annotated[SglangEngineConfig, Tag("sglang")], Discriminator(_engine_type)
+]
+"""By `type`; hf where none is given."""
+
+
 class RolloutConfig(Section):
     """Generation of responses."""
 
-    engine: HfEngineConfig = HfEngineConfig()
+    engine: EngineConfig = HfEngineConfig()
+    """hf: the embedded engine. sglang: SGLang servers."""
+    sglang_extra: dict[str, Any] = {}
+    """Further arguments of SGLang's ServerArgs for `engine.type: sglang`, passed through; names are checked."""
     num_engines: PositiveInt = 1
     """Engines; requests are spread over them."""
     temperature: float = Field(1.0, gt=0)

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dapo_megatron.config.schema import Config
+from dapo_megatron.config.schema import Config, HfEngineConfig
 from dapo_megatron.launcher.backends import Ranks
 from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult
 from dapo_megatron.types import TrainBatch
@@ -121,7 +121,9 @@ def local_backend(config: Config, ranks: Ranks) -> Iterator[LocalBackend]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with ThreadPoolExecutor(1, "rank-and-engine", partial(torch.set_num_threads, config.actor.num_threads)) as thread:
-        engine = HfEngine(config.model.path, config.rollout.engine, device=device, worker=thread)
+        settings = config.rollout.engine
+        assert isinstance(settings, HfEngineConfig)  # checks.py refuses the others
+        engine = HfEngine(config.model.path, settings, device=device, worker=thread)
         actor = LocalActor(config, ranks, thread)
         try:
             yield LocalBackend(actor, (LocalEngine(engine),))

@@ -24,7 +24,7 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dapo_megatron.actor.replayed import Replay
-from dapo_megatron.config.schema import Config
+from dapo_megatron.config.schema import Config, HfEngineConfig
 from dapo_megatron.launcher.backends import Ranks
 from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult
 from dapo_megatron.types import DapoMegatronError, EngineError, TrainBatch, WorkerDiedError
@@ -108,9 +108,11 @@ class EngineProcess:
 
         from dapo_megatron.rollout.hf_engine import HfEngine
 
-        threads = config.rollout.engine.num_threads or max(1, (os.cpu_count() or 1) // config.rollout.num_engines)
+        settings = config.rollout.engine
+        assert isinstance(settings, HfEngineConfig)
+        threads = settings.num_threads or max(1, (os.cpu_count() or 1) // config.rollout.num_engines)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._engine = HfEngine(config.model.path, config.rollout.engine, threads, device)
+        self._engine = HfEngine(config.model.path, settings, threads, device)
 
     async def pid(self) -> int:
         return os.getpid()

@@ -1,0 +1,55 @@
+"""SGLang servers on machines without CUDA, from the same PyPI wheels: settings, a stand-in module and a plugin.
+
+Three parts, none of which is in the way of a server on GPUs:
+
+* `cpu_arguments` and `cpu_environment`: what the server of one engine is started with.
+* `stand_in/common_ops.py`, on the server's PYTHONPATH only there: the loader of sglang-kernel ends with a plain
+  `import common_ops` where its CUDA libraries cannot be loaded, and an empty module is enough.
+* `plugin.register`, found by SGLang through the entry point group `sglang.srt.plugins`: does nothing unless the server was
+  started with SGLANG_USE_CPU_ENGINE=1 on a machine without CUDA.
+
+UPSTREAM.md lists the symbols and when each part can go.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+STAND_IN = Path(__file__).parent / "stand_in"
+DEFAULT_MAX_TOTAL_TOKENS = 65536
+
+
+def cpu_arguments(tensor_parallel_size: int) -> dict[str, Any]:
+    """ServerArgs of a server without CUDA; what the config says comes on top."""
+    arguments: dict[str, Any] = {
+        "device": "cpu",
+        "attention_backend": "torch_native",
+        "cuda_graph_backend_decode": "disabled",
+        "cuda_graph_backend_prefill": "disabled",
+        "max_total_tokens": DEFAULT_MAX_TOTAL_TOKENS,
+        "mem_fraction_static": 0.5,
+    }
+    return arguments | ({"disable_custom_all_reduce": True} if tensor_parallel_size > 1 else {})
+
+
+def cpu_environment(tensor_parallel_size: int, num_threads: int, inherited: Mapping[str, str]) -> dict[str, str]:
+    """Environment variables on top of `inherited`; `num_threads` are those of one rank."""
+    paths = [str(STAND_IN), *filter(None, [inherited.get("PYTHONPATH")])]
+    return {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": str(num_threads),
+        "SGLANG_CPU_OMP_THREADS_BIND": _core_binding(tensor_parallel_size),
+        # Where the library is missing, SGLang goes without NCCL; torch ships it, and it fails on CPU tensors.
+        "SGLANG_NCCL_SO_PATH": "/nonexistent",
+    }
+
+
+def _core_binding(num_ranks: int) -> str:
+    """All cores for each rank, as `0-1|0-1`: the system's scheduler places threads better than a fixed core does."""
+    cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
+    return "|".join([cores] * num_ranks)
