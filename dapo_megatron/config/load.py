@@ -32,6 +32,7 @@ _RULES = {
     "string_type": "be text (quote it if it looks like a number)",
     "dict_type": "be a mapping of names to values",
     "model_type": "be a mapping of names to values",
+    "union_tag_invalid": "have a type of {expected_tags}",
 }
 """What a value must do, by pydantic's error type."""
 
@@ -213,9 +214,17 @@ def _validation_problems(error: ValidationError) -> Iterator[str]:
 
 
 def _field_path(parts: Sequence[str], known: Mapping[str, object]) -> str:
-    """Where the fault is; pydantic appends the alternatives of a field with several types."""
+    """Where the fault is; pydantic appends the alternatives of a field with several types and inserts those of a section."""
+    parts = [part for index, part in enumerate(parts) if not _is_tag(parts, index)]
     paths = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
     return next((path for path in paths if path in known), paths[0])
+
+
+def _is_tag(parts: Sequence[str], index: int) -> bool:
+    """Whether the part stands for the variant of a section (`hf` in `rollout.engine.hf.dtype`)."""
+    before = ".".join(parts[:index])
+    names = {path for path in (*section_paths(), *(field.path for field in config_fields()))}
+    return 0 < index < len(parts) - 1 and before in section_paths() and f"{before}.{parts[index]}" not in names
 
 
 def _example(path: str) -> str:
@@ -228,6 +237,8 @@ def _unknown_key(path: str, dashes: str = "") -> str:
     """`actor.lr is not a configuration key; did you mean actor.optimizer.lr?`"""
     section, _, name = path.rpartition(".")
     every = sorted({*(field.path for field in config_fields()), *section_paths()})
+    if path in every:
+        return f"{dashes}{path} belongs to another {section}.type than the one chosen; remove it, or change the type."
     siblings = [known for known in every if known.rpartition(".")[0] == section]
     suggestions = (
         _called(nearest(name, _names(siblings)), siblings)

@@ -23,6 +23,8 @@ HF_CONFIG = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
 
+SGLANG = "--rollout.engine.type=sglang"
+
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
@@ -85,9 +87,26 @@ def test_query_heads_count_as_key_value_heads_when_these_are_not_given(load):
 
 
 @pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("chunked_prefil_size", "is not an argument of SGLang's ServerArgs; did you mean chunked_prefill_size?"),
+        ("port", "must not be given: it is set by the launcher; remove it."),
+        ("chunked_prefill_size", None),
+    ],
+)
+def test_server_arguments_are_those_of_sglang(load, name, words):
+    config = load(SGLANG, f"--rollout.sglang_extra.{name}=64")
+    problems = check_config(config, HF_CONFIG, server_arguments=frozenset({"chunked_prefill_size", "port"}))
+    assert problems == ([f"rollout.sglang_extra.{name} {words}"] if words else [])
+
+
+@pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["--cluster.backend=local", "--tensor_parallel_size=2"], "parallel size) (2) must be 1 where cluster.backend is local"),
+        (
+            ["--cluster.backend=local", "--actor.tensor_parallel_size=2"],
+            "parallel size) (2) must be 1 where cluster.backend is local",
+        ),
         (["--cluster.backend=local", "--num_engines=2"], "rollout.num_engines (2) must be 1 where cluster.backend is local"),
         (["--actor.num_ranks=6", "--actor.tensor_parallel_size=4"], "actor.num_ranks (6) must be a multiple of"),
         (["--actor.pipeline_parallel_size=3"], "actor.pipeline_parallel_size (3) must divide num_hidden_layers (8)"),
@@ -134,6 +153,18 @@ def test_query_heads_count_as_key_value_heads_when_these_are_not_given(load):
         (["--data.path=nowhere.jsonl"], "data.path (nowhere.jsonl) must be an existing file"),
         (["--eval.path=nowhere.parquet"], "eval.path (nowhere.parquet) must be an existing file"),
         (["--checkpoint.load=nowhere"], "checkpoint.load (nowhere) holds no complete checkpoint"),
+        (["--rollout.sglang_extra.chunked_prefill_size=64"], "rollout.sglang_extra (chunked_prefill_size) has no effect"),
+        ([SGLANG, "--cluster.backend=local"], "rollout.engine.type sglang needs cluster.backend ray"),
+        ([SGLANG, "--engine_urls=[http://a:1]", "--num_engines=2"], "must be the number of rollout.engine.engine_urls (1)"),
+        ([SGLANG, "--engine_urls=[a:1]"], "rollout.engine.engine_urls (a:1) must look like http://host:port"),
+        ([SGLANG, "--engine_urls=[http://a:1]", "--rollout.sglang_extra.tool_server=b"], "no effect on servers that run already"),
+        (
+            [SGLANG, "--engine_urls=[http://a:1]", "--api_key_env=NO_SUCH_VARIABLE"],
+            "must name an environment variable that is set",
+        ),
+        ([SGLANG, "--weight_transport=disk"], "rollout.engine.weight_sync_dir is missing"),
+        ([SGLANG, "--rollout.engine.tensor_parallel_size=3"], "must divide num_attention_heads (32)"),
+        ([SGLANG, "--rollout.engine.return_routed_experts=true"], "return_routed_experts must be false"),
     ],
 )
 def test_rule_across_sections(load, overrides, words):

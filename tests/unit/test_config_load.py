@@ -91,6 +91,13 @@ def test_unknown_key_names_its_path_and_the_nearest_names(tmp_path, key, suggest
     assert problem.startswith(f"{key} is not a configuration key; did you mean {suggestion}")
 
 
+def test_key_of_another_engine_type_is_named_as_such():
+    (problem,) = problems_of([], [*REQUIRED, "--rollout.engine.type=sglang", "--rollout.engine.max_batch_size=8"])
+    assert problem == (
+        "rollout.engine.max_batch_size belongs to another rollout.engine.type than the one chosen; remove it, or change the type."
+    )
+
+
 def test_all_problems_are_reported_at_once():
     problems = problems_of(
         [],
