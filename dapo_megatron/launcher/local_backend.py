@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,6 +98,10 @@ class LocalEngine:
     def generate(self, requests: Sequence[GenerateRequest]) -> AsyncGenerator[GenerateResult, None]:
         """As the engine's own."""
         return self._engine.generate(requests)
+
+    async def abort(self, request_ids: Collection[int]) -> None:
+        """As the engine's own."""
+        await self._engine.abort(request_ids)
 
     async def receive(self, message: WeightBucket | WeightManifest) -> int:
         """Take the next bucket or the manifest; the bytes of weights in it."""

@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +121,9 @@ class EngineProcess:
         async for results in self._engine.generate_together(requests):
             yield results
 
+    async def abort(self, request_ids: Collection[int]) -> None:
+        await self._engine.abort(request_ids)
+
     async def receive(self, message: WeightBucket | WeightManifest) -> int:
         return await self._engine.receive(message)
 
@@ -224,6 +227,10 @@ class RayEngine:
                     yield result
         except RayError as error:
             raise _in_words(self.process, error) from error
+
+    async def abort(self, request_ids: Collection[int]) -> None:
+        """As the engine's own."""
+        await _call(self.process, self.process.handle.abort.remote(request_ids))
 
     async def receive(self, message: Any) -> int:
         """Take the next bucket or the manifest; the bytes of weights in it."""

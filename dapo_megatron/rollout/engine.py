@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -42,10 +42,15 @@ class GenerateRequest:
     """`num_samples` responses to one prompt. Sample i draws from a random stream that is a function of (`seed`, i) alone."""
 
     request_id: int
+    """Unique among the requests that an engine works on at the same time."""
     prompt_token_ids: tuple[int, ...]
     num_samples: int
     seed: int
     params: SamplingParams
+    started: tuple[Sample, ...] = ()
+    """What an earlier call generated, one a sample, or nothing. A sample with `finish_reason` "abort" goes on after its tokens, which
+    count against the limit and are returned in front of the new ones with their log-probs and weight versions; its random
+    stream goes on too. Any other is finished and returned as it is."""
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:
@@ -54,6 +59,16 @@ class GenerateRequest:
             raise EngineError(f"num_samples ({self.num_samples}) of request {self.request_id} must be at least 1.")
         if self.seed < 0:
             raise EngineError(f"seed ({self.seed}) of request {self.request_id} must not be negative.")
+        if len(self.started) not in (0, self.num_samples):
+            raise EngineError(
+                f"request {self.request_id} has {len(self.started)} started samples of {self.num_samples}; give one for each, or none."
+            )
+        limit = self.params.max_response_tokens
+        if any(sample.finish_reason == "abort" and len(sample.token_ids) >= limit for sample in self.started):
+            raise EngineError(
+                f"request {self.request_id} has a started sample with no token left to max_response_tokens ({limit}); "
+                'mark it as finished ("length").'
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +78,14 @@ class GenerateResult:
     request_id: int
     samples: tuple[Sample, ...]
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every sample came to its own end; False when the request was aborted before."""
+        return all(sample.finish_reason != "abort" for sample in self.samples)
+
 
 class Generator(Protocol):
-    """The part of an engine that the sampler sees."""
+    """The part of an engine that the sampler sees: one engine, or a router over many."""
 
     @property
     def weight_version(self) -> int:
@@ -74,12 +94,20 @@ class Generator(Protocol):
     def generate(self, requests: Sequence[GenerateRequest]) -> AsyncGenerator[GenerateResult, None]:
         """Yield each request when its last sample is finished, in the order of completion; `aclose` gives up the rest.
 
-        Raises EngineError when another generate() is not finished or a weight update is half received.
+        Calls may overlap: requests join those that are decoding, and each call yields its own. Raises EngineError when a weight
+        update is half received.
+        """
+
+    async def abort(self, request_ids: Collection[int]) -> None:
+        """End these requests soon with what they have: their generate() yields them, unfinished samples with `finish_reason` "abort".
+
+        What an aborted sample holds (perhaps no token) may go on later as `GenerateRequest.started`, under other weights too. Requests
+        that are unknown or finished are ignored.
         """
 
 
 class Engine(Generator, Protocol):
-    """One rollout engine. Calls do not overlap: an engine either generates or receives weights."""
+    """One rollout engine. It either generates or receives weights; weights come when no request is left."""
 
     async def receive_bucket(self, bucket: WeightBucket) -> None:
         """Take one piece of a weight update. From here to `commit_weights` the engine cannot generate."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,11 +24,19 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _STEPS_PER_CALL = 16
 
 
+@dataclass(eq=False, slots=True)
+class _Call:
+    """One generate(): the requests it still waits for, and what has come."""
+
+    unfinished: set[int]
+    arrived: asyncio.Queue[list[GenerateResult] | BaseException] = field(default_factory=asyncio.Queue)
+
+
 class HfEngine:
     """Implements `Engine`. Everything that touches the model runs in one worker thread, so the event loop stays free.
 
-    Calls do not overlap: a second generate(), or a weight update while one is running, raises EngineError at once. Closing
-    the iterator of generate() (`aclose`) gives up what is unfinished, within 16 decoding steps.
+    Calls of generate() overlap: their requests decode together. A weight update while one runs raises EngineError at once. Closing
+    the iterator of generate() (`aclose`) gives up what is unfinished, `abort` brings it back, both within 16 decoding steps.
     """
 
     def __init__(
@@ -51,7 +60,10 @@ class HfEngine:
         self._weight_version = 0
         self._receiver: BucketReceiver | None = None
         self._receiving_version: int | None = None
-        self._running: str | None = None
+        self._updating: str | None = None
+        self._calls: dict[int, _Call] = {}  # by request id
+        self._decoding: Decoding | None = None  # touched in the worker only
+        self._decoder: asyncio.Task[None] | None = None
         self._num_threads = num_threads or config.num_threads
         self._worker = worker or ThreadPoolExecutor(1, "hf-engine", initializer=self._set_num_threads)
 
@@ -61,7 +73,7 @@ class HfEngine:
         return self._weight_version
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> AsyncGenerator[GenerateResult, None]:
-        """See `Engine.generate`. The same requests give the same bits; different company only rounding differences."""
+        """See `Engine.generate`. A call that is alone gives the same bits each time; different company only rounding differences."""
         async with aclosing(self.generate_together(requests)) as batches:
             async for results in batches:
                 for result in results:
@@ -76,15 +88,74 @@ class HfEngine:
                 f"The engine holds a part of weight version {self._receiving_version}; commit_weights() of that version, "
                 "or a whole new update, must come before generate()."
             )
-        with self._alone("generate()"):
-            decoding = Decoding(self._model, self._tokenizer, requests, self._max_batch_size, self._weight_version)
-            try:
-                while not decoding.is_done:
-                    if results := await self._in_worker(decoding.advance, _STEPS_PER_CALL):
-                        yield results
-            finally:
-                # After a cancellation the worker may still be in advance(): wait until it has let go of the model.
-                await self._in_worker(lambda: None)
+        if self._updating is not None:
+            raise EngineError(f"generate() must wait until {self._updating} has ended.")
+        call = _Call({request.request_id for request in requests})
+        if twice := call.unfinished & self._calls.keys() or len(call.unfinished) < len(requests):
+            raise EngineError(f"request ids must be unique among the requests in work, but are not: {twice}; number them anew.")
+        self._calls |= dict.fromkeys(call.unfinished, call)
+        try:
+            await self._in_worker(self._add, requests)
+            if self._decoder is None or self._decoder.done():
+                self._decoder = asyncio.create_task(self._decode())
+                self._decoder.add_done_callback(self._pass_on_error)
+            while call.unfinished:
+                arrived = await call.arrived.get()
+                if isinstance(arrived, BaseException):
+                    raise arrived
+                yield arrived
+        finally:
+            for request_id in call.unfinished:
+                self._calls.pop(request_id, None)
+            if call.unfinished:  # and the worker, perhaps still in advance(), must have let go of the model
+                await self._in_worker(self._abort, frozenset(call.unfinished))
+
+    async def abort(self, request_ids: Collection[int]) -> None:
+        """See `Generator.abort`."""
+        self._deliver(await self._in_worker(self._abort, frozenset(request_ids)))
+
+    async def _decode(self) -> None:
+        """Decode while there are calls."""
+        while self._calls:
+            self._deliver(await self._in_worker(self._advance))
+
+    def _pass_on_error(self, decoder: asyncio.Task[None]) -> None:
+        """What ended the decoding ends every call."""
+        error = asyncio.CancelledError() if decoder.cancelled() else decoder.exception()
+        if error is not None:
+            for call in set(self._calls.values()):
+                call.arrived.put_nowait(error)
+
+    def _deliver(self, results: Sequence[GenerateResult]) -> None:
+        """To each call what is its own; what nobody waits for any more is dropped."""
+        shares: dict[_Call, list[GenerateResult]] = {}
+        for result in results:
+            if (call := self._calls.pop(result.request_id, None)) is not None:
+                call.unfinished.discard(result.request_id)
+                shares.setdefault(call, []).append(result)
+        for call, share in shares.items():
+            call.arrived.put_nowait(share)
+
+    def _add(self, requests: Sequence[GenerateRequest]) -> None:
+        if self._decoding is None:
+            self._decoding = Decoding(self._model, self._tokenizer, self._max_batch_size, self._weight_version)
+        self._decoding.add(requests)
+
+    def _advance(self) -> list[GenerateResult]:
+        return self._with_decoding(lambda decoding: decoding.advance(_STEPS_PER_CALL))
+
+    def _abort(self, request_ids: Collection[int]) -> list[GenerateResult]:
+        return self._with_decoding(lambda decoding: decoding.abort(request_ids))
+
+    def _with_decoding(self, work: Callable[[Decoding], list[GenerateResult]]) -> list[GenerateResult]:
+        """The memory of its rows is let go when it is idle or has failed."""
+        decoding, self._decoding = self._decoding, None
+        if decoding is None:
+            return []
+        results = work(decoding)
+        if not decoding.is_idle:
+            self._decoding = decoding
+        return results
 
     async def receive(self, message: WeightBucket | WeightManifest) -> int:
         """`receive_bucket` or `commit_weights`; the bytes of weights in the message."""
@@ -96,7 +167,7 @@ class HfEngine:
 
     async def receive_bucket(self, bucket: WeightBucket) -> None:
         """See `Engine.receive_bucket`. Writes into the live parameters; a bucket of another version starts a new update."""
-        with self._alone("receive_bucket()"):
+        with self._updates("receive_bucket()"):
             if self._receiver is None or bucket.version != self._receiving_version:
                 # named_parameters() lists a tied lm_head once, as the embedding.
                 self._receiver = BucketReceiver(dict(self._model.named_parameters()), bucket.version)
@@ -106,7 +177,7 @@ class HfEngine:
 
     async def commit_weights(self, manifest: WeightManifest) -> None:
         """See `Engine.commit_weights`."""
-        with self._alone("commit_weights()"):
+        with self._updates("commit_weights()"):
             if self._receiver is None:
                 raise EngineError(f"commit_weights({manifest.version}) must follow the buckets of that version; send them first.")
             with self._dropping_receiver_on_error():
@@ -115,14 +186,15 @@ class HfEngine:
             self._weight_version = manifest.version
 
     @contextmanager
-    def _alone(self, call: str) -> Iterator[None]:
-        if self._running is not None:
-            raise EngineError(f"{call} must wait until {self._running} has ended; finish or aclose() it first.")
-        self._running = call
+    def _updates(self, call: str) -> Iterator[None]:
+        running = "generate()" if self._calls else self._updating
+        if running is not None:
+            raise EngineError(f"{call} must wait until {running} has ended; finish, abort() or aclose() it first.")
+        self._updating = call
         try:
             yield
         finally:
-            self._running = None
+            self._updating = None
 
     @contextmanager
     def _dropping_receiver_on_error(self) -> Iterator[None]:

@@ -61,7 +61,7 @@ class RowCache(Cache):
 
     def __init__(self, num_layers: int, num_rows: int, capacity: int):
         super().__init__(layers=[RowCacheLayer(num_rows, capacity) for _ in range(num_layers)])
-        self.capacity = capacity
+        self.num_rows, self.capacity = num_rows, capacity
 
     def begin_step(self, positions: Tensor, length: int) -> None:
         """Announce a forward of one token per row: `positions` [R] int64, `length` = their maximum + 1."""
@@ -69,16 +69,18 @@ class RowCache(Cache):
         for layer in self.layers:
             layer.rows, layer.positions, layer.length = rows, positions, length
 
-    def reserve(self, capacity: int) -> None:
-        """Make room for so many positions per row; what the rows hold is kept."""
-        if capacity <= self.capacity:
+    def reserve(self, num_rows: int, capacity: int) -> None:
+        """Make room for so many rows and so many positions in each; what the rows hold is kept."""
+        num_rows, capacity = max(num_rows, self.num_rows), max(capacity, self.capacity)
+        more_rows, more = num_rows - self.num_rows, capacity - self.capacity
+        if not (more_rows or more):
             return
         for layer in self.layers:
             if layer.is_initialized:
-                layer.keys = F.pad(layer.keys, (0, 0, 0, capacity - self.capacity))
-                layer.values = F.pad(layer.values, (0, 0, 0, capacity - self.capacity))
-            layer.capacity = capacity
-        self.capacity = capacity
+                layer.keys = F.pad(layer.keys, (0, 0, 0, more, 0, 0, 0, more_rows))
+                layer.values = F.pad(layer.values, (0, 0, 0, more, 0, 0, 0, more_rows))
+            layer.num_rows, layer.capacity = num_rows, capacity
+        self.num_rows, self.capacity = num_rows, capacity
 
     def insert(self, first_row: int, prompts: DynamicCache, prompt_of_row: Tensor, num_pads: Tensor) -> None:
         """Fill rows first_row.. with prompts from a left-padded prefill.

@@ -269,17 +269,117 @@ async def test_commit_without_buckets_is_refused(model_dirs):
         await make_engine(model_dirs["llama"]).commit_weights(WeightManifest(1, {}))
 
 
-async def test_calls_do_not_overlap_and_an_abandoned_one_makes_room(model_dirs):
+async def test_weights_wait_for_generation_and_an_abandoned_call_makes_room(model_dirs):
     engine, requests = make_engine(model_dirs["llama"]), staggered(make_requests(SamplingParams()))
     buckets, _ = buckets_of(transformers.AutoModelForCausalLM.from_pretrained(model_dirs["llama"]), version=1)
     running = engine.generate(requests)
     await anext(running)
-    with pytest.raises(EngineError, match="generate\\(\\) must wait until generate\\(\\) has ended"):
-        await generate(engine, requests)
-    with pytest.raises(EngineError, match="receive_bucket\\(\\) must wait"):
+    with pytest.raises(EngineError, match="receive_bucket\\(\\) must wait until generate\\(\\) has ended"):
         await engine.receive_bucket(buckets[0])
     await running.aclose()
-    assert len(await generate(engine, requests)) == len(requests)
+    await engine.receive_bucket(buckets[0])
+
+
+@pytest.mark.parametrize("max_batch_size", [4, 64])
+async def test_requests_that_come_while_others_decode_get_what_they_get_alone(max_batch_size, model_dirs):
+    requests = staggered(make_requests(SamplingParams(), num_samples=2))
+    alone = await generate(make_engine(model_dirs["llama"]), requests)
+    engine = make_engine(model_dirs["llama"], max_batch_size=max_batch_size)
+
+    async def later(place: int) -> dict[int, tuple[Sample, ...]]:
+        await asyncio.sleep(0.002 * place)
+        return await generate(engine, [requests[place]])
+
+    together = await asyncio.gather(*(later(place) for place in range(len(requests))))
+    assert [list(results) for results in together] == [[request.request_id] for request in requests]
+    assert_same_samples({k: v for results in together for k, v in results.items()}, alone)
+
+
+async def test_a_request_id_that_is_in_work_already_is_refused(model_dirs):
+    engine, requests = make_engine(model_dirs["llama"]), make_requests(SamplingParams(max_response_tokens=100))
+    running = engine.generate(requests)
+    first = asyncio.ensure_future(anext(running))
+    await asyncio.sleep(0)
+    with pytest.raises(EngineError, match="request ids must be unique"):
+        await generate(engine, requests[:1])
+    first.cancel()
+
+
+async def test_an_aborted_request_comes_with_what_it_has_and_the_others_go_on(model_dirs):
+    engine = make_engine(model_dirs["llama"], max_batch_size=4)
+    decoding, waiting, other = make_requests(SamplingParams(max_response_tokens=60), num_samples=2)[:3]
+    expected = await generate(engine, [decoding, waiting, other])
+    other_alone = asyncio.create_task(generate(engine, [other]))
+    aborted = asyncio.create_task(generate(engine, [decoding, waiting]))
+    while not engine._decoding or engine._decoding._rows.num_rows < 4:
+        await asyncio.sleep(0.001)
+    await engine.abort([decoding.request_id, waiting.request_id, 999])
+    results = await aborted
+    assert {sample.finish_reason for samples in results.values() for sample in samples} == {"abort"}
+    assert [len(sample.token_ids) for sample in results[waiting.request_id]] == [0, 0]
+    for sample, whole in zip(results[decoding.request_id], expected[decoding.request_id], strict=True):
+        num_tokens = len(sample.token_ids)
+        assert 0 < num_tokens < 60 and len(sample.log_probs) == len(sample.weight_versions) == num_tokens
+        assert sample.token_ids.tolist() == whole.token_ids[:num_tokens].tolist()
+    assert_same_samples(await other_alone, {other.request_id: expected[other.request_id]})
+
+
+def cut(sample: Sample, num_tokens: int) -> Sample:
+    """As it was when it had so many tokens."""
+    columns = (sample.token_ids[:num_tokens], sample.log_probs[:num_tokens], sample.weight_versions[:num_tokens])
+    return Sample(*columns, finish_reason="abort", text="")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_a_started_sample_goes_on_as_if_it_had_not_been_interrupted(family, model_dirs):
+    engine = make_engine(model_dirs[family], max_batch_size=5)
+    requests = make_requests(SamplingParams(max_response_tokens=12), num_samples=4)
+    whole = await generate(engine, requests)
+    cuts = [0, 5, 11, 12]
+    started = [
+        replace(
+            request,
+            started=tuple(
+                sample if length == 12 else cut(sample, length)
+                for sample, length in zip(whole[request.request_id], cuts, strict=True)
+            ),
+        )
+        for request in requests
+    ]
+    assert_same_samples(await generate(engine, started), whole)
+
+
+async def test_tokens_keep_the_log_probs_and_versions_of_the_weights_they_were_drawn_from(model_dirs, tmp_path):
+    engine, (request, *_) = make_engine(model_dirs["qwen2"]), make_requests(SamplingParams(max_response_tokens=8), num_samples=3)
+    other_dir = perturbed_copy(model_dirs["qwen2"], tmp_path / "other")
+    first = tuple(cut(sample, 5) for sample in (await generate(engine, [request]))[request.request_id])
+    buckets, manifest = buckets_of(transformers.AutoModelForCausalLM.from_pretrained(other_dir), version=6)
+    for bucket in buckets:
+        await engine.receive_bucket(bucket)
+    await engine.commit_weights(manifest)
+    samples = (await generate(engine, [replace(request, started=first)]))[request.request_id]
+    model = transformers.AutoModelForCausalLM.from_pretrained(other_dir)
+    for sample, before in zip(samples, first, strict=True):
+        assert sample.weight_versions.tolist() == [0] * 5 + [6] * 3
+        assert sample.token_ids[:5].tolist() == before.token_ids.tolist()
+        assert sample.log_probs[:5].tolist() == before.log_probs.tolist()
+        reference = reference_log_probs(model, request.prompt_token_ids, sample.token_ids, 1.0)
+        expected = reference.gather(1, torch.tensor(sample.token_ids)[:, None].long())[5:, 0]
+        torch.testing.assert_close(torch.tensor(sample.log_probs[5:]), expected, atol=1e-5, rtol=0)
+
+
+async def test_a_request_with_nothing_left_to_generate_comes_back_as_it_is(model_dirs):
+    engine, requests = make_engine(model_dirs["llama"]), make_requests(SamplingParams(max_response_tokens=3))
+    whole = await generate(engine, requests)
+    again = [replace(request, started=whole[request.request_id]) for request in requests]
+    assert await generate(engine, again) == whole
+
+
+@pytest.mark.parametrize(("num_started", "num_tokens", "problem"), [(2, 1, "2 started samples of 3"), (3, 8, "no token left")])
+def test_started_samples_that_cannot_go_on_are_refused(num_started, num_tokens, problem):
+    started = Sample((1,) * num_tokens, (0.0,) * num_tokens, (0,) * num_tokens, "abort", "")
+    with pytest.raises(EngineError, match=problem):
+        GenerateRequest(0, (1,), 3, 0, SamplingParams(max_response_tokens=8), (started,) * num_started)
 
 
 async def test_cancelled_consumer_leaves_the_engine_usable(model_dirs):
