@@ -11,6 +11,7 @@ and nothing is slower at run time. What the tree rewriting does:
     f(..., pin_memory=...)        -> f(...)
     torch.compile                 -> uncompiled below: importing its compilers takes seconds, and compiling needs a C++ compiler
     x.record_stream(...)          -> None
+    from flash_mla import ...     -> ImportError: the package comes with SGLang and raises OSError where there is no CUDA driver
 
 Besides, the places that look for apex's or TransformerEngine's FusedAdam find CpuAdam.
 """
@@ -141,6 +142,12 @@ class _ToCpu(ast.NodeTransformer):
         elif isinstance(node.value, ast.Name) and node.value.id == "torch" and node.attr in ("cuda", "compile"):
             return ast.copy_location(ast.Name(_DEVICE_NAME if node.attr == "cuda" else _UNCOMPILED_NAME, node.ctx), node)
         return node
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.stmt:
+        if node.module != "flash_mla":
+            return node
+        absent = ast.Call(ast.Name("ImportError", ast.Load()), [ast.Constant("flash_mla needs CUDA")], [])
+        return ast.copy_location(ast.Raise(absent), node)
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
         self.generic_visit(node)
