@@ -213,7 +213,14 @@ class EngineError(DapoMegatronError):
 
 
 class EngineLostError(EngineError):
-    """A rollout server is gone or does not answer: its requests can be sent to another one."""
+    """A rollout server is gone or does not answer: its requests can be sent to another one. `endpoint` is its name."""
+
+    def __init__(self, message: str, endpoint: str):
+        self.endpoint = endpoint
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[type[EngineLostError], tuple[str, str]]:
+        return type(self), (str(self), self.endpoint)
 
 
 class NumericsError(DapoMegatronError):

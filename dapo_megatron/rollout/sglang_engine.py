@@ -1,0 +1,213 @@
+"""One SGLang server over HTTP: token ids in; token ids, log-probs and weight versions out, as they come.
+
+No routing, no second try: `router.py` decides what happens when a server is lost. Every call raises EngineLostError when the server
+is gone or silent past the deadline, and EngineError when it refuses (its words, and the end of its log).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import aiohttp
+
+from dapo_megatron.rollout.engine import SamplingParams
+from dapo_megatron.types import EngineEndpoint, EngineError, EngineLostError, FinishReason
+
+MemoryTag = Literal["weights", "kv_cache", "cuda_graph"]
+_MAX_EVENT_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """What one sample goes on from. `rid` names it on the server."""
+
+    rid: str
+    token_ids: Sequence[int]
+    """The prompt and what has been sampled already."""
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """New tokens of one sample; all three columns have one entry per token."""
+
+    token_ids: Sequence[int]
+    log_probs: Sequence[float]
+    """nats, of logits / temperature; top-k and top-p are not accounted for."""
+    weight_versions: Sequence[int]
+    finish_reason: FinishReason | None
+    """None: more will come."""
+    reason: str = ""
+    """Why the server ended it, for an abort."""
+    routed_experts: str | None = None
+    """base64 of int32 [prompt and response tokens - 1, layers, top-k], at the end of the sample."""
+
+
+class SglangEngine:
+    """A client of one server; to be used in one event loop, and closed there."""
+
+    def __init__(self, endpoint: EngineEndpoint, *, return_routed_experts: bool = False):
+        self.endpoint = endpoint
+        self._return_routed_experts = return_routed_experts
+        self._open_session: aiohttp.ClientSession | None = None
+
+    async def close(self) -> None:
+        """Give back the connections; what is in flight ends with EngineLostError."""
+        session, self._open_session = self._open_session, None
+        if session is not None:
+            await session.close()
+
+    async def stream(
+        self, continuations: Sequence[Continuation], params: SamplingParams, take: Callable[[int, Piece], None]
+    ) -> None:
+        """Sample all to their end; `take` gets each piece with the index of its continuation, as it comes.
+
+        Leaving early (a cancelled task) ends the samples on the server.
+        """
+        common = {
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k or -1,
+            "stop_token_ids": list(params.stop_token_ids),
+        }
+        body = {
+            "rid": [item.rid for item in continuations],
+            "input_ids": [list(item.token_ids) for item in continuations],
+            "sampling_params": [common | {"max_new_tokens": item.max_new_tokens} for item in continuations],
+            "return_logprob": True,
+            "stream": True,
+            "return_routed_experts": self._return_routed_experts,
+        }
+        counts = [0] * len(continuations)
+        unfinished = set(range(len(continuations)))
+        try:
+            async with self._session().post("/generate", json=body, timeout=aiohttp.ClientTimeout(total=None)) as response:
+                if response.status != 200:
+                    raise await self._refused("/generate", response)
+                async for line in response.content:
+                    if not line.startswith(b"data: {"):
+                        continue
+                    event = json.loads(line[6:])
+                    if "error" in event:
+                        raise EngineError(f"{self.endpoint.name} refused to generate: {event['error'].get('message')}")
+                    index = event["index"]
+                    piece = _piece(event, counts[index])
+                    counts[index] += len(piece.token_ids)
+                    if piece.finish_reason is not None:
+                        unfinished.discard(index)
+                    take(index, piece)
+        except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
+            raise self._lost(error) from error
+        if unfinished:
+            raise self._lost("it closed the connection before the samples were finished")
+
+    async def post(self, path: str, body: dict[str, Any] | None = None, *, timeout_seconds: float) -> Any:
+        """The server's answer to a request; None for an empty one."""
+        return await self._request("POST", path, body or {}, timeout_seconds)
+
+    async def get(self, path: str, *, timeout_seconds: float) -> Any:
+        """As `post`."""
+        return await self._request("GET", path, None, timeout_seconds)
+
+    async def is_healthy(self, timeout_seconds: float) -> bool:
+        """Whether tokens come out of it now. EngineLostError when it cannot be reached; False when it says no or nothing."""
+        timeout = aiohttp.ClientTimeout(total=timeout_seconds)
+        try:
+            async with self._session().get("/health_generate", timeout=timeout) as response:
+                return response.status == 200
+        except TimeoutError:
+            return False
+        except (aiohttp.ClientError, ConnectionError) as error:
+            raise self._lost(error) from error
+
+    async def weight_version(self, timeout_seconds: float) -> int:
+        """Of the weights that it holds, as the last update said."""
+        return int((await self.get("/model_info", timeout_seconds=timeout_seconds))["weight_version"])
+
+    async def abort(self, rid: str, timeout_seconds: float) -> None:
+        """End a sample; its stream gets what there is, with finish reason abort. Unknown ones are ignored."""
+        await self.post("/abort_request", {"rid": rid}, timeout_seconds=timeout_seconds)
+
+    async def pause(self, mode: Literal["abort", "retract", "in_place"], timeout_seconds: float) -> None:
+        """Stop generating. in_place keeps samples and their KV cache, retract gives up the KV cache, abort ends the samples."""
+        await self.post("/pause_generation", {"mode": mode}, timeout_seconds=timeout_seconds)
+
+    async def resume(self, timeout_seconds: float) -> None:
+        """Generate again after `pause`."""
+        await self.post("/continue_generation", timeout_seconds=timeout_seconds)
+
+    async def flush_cache(self, timeout_seconds: float) -> None:
+        """Forget all prefixes. EngineError while samples run."""
+        await self.post("/flush_cache", timeout_seconds=timeout_seconds)
+
+    async def release_memory(self, tags: Sequence[MemoryTag], timeout_seconds: float) -> None:
+        """Give the memory of these parts to whoever shares the device; nothing may be running."""
+        await self.post("/release_memory_occupation", {"tags": list(tags)}, timeout_seconds=timeout_seconds)
+
+    async def resume_memory(self, tags: Sequence[MemoryTag], timeout_seconds: float) -> None:
+        """Take it back; the content of weights is to be sent again."""
+        await self.post("/resume_memory_occupation", {"tags": list(tags)}, timeout_seconds=timeout_seconds)
+
+    async def _request(self, method: str, path: str, body: dict[str, Any] | None, timeout_seconds: float) -> Any:
+        timeout = aiohttp.ClientTimeout(total=timeout_seconds)
+        try:
+            async with self._session().request(method, path, json=body, timeout=timeout) as response:
+                if response.status != 200:
+                    raise await self._refused(path, response)
+                return await response.json(content_type=None)
+        except json.JSONDecodeError:
+            return None
+        except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
+            raise self._lost(f"{path}: {type(error).__name__} {error}") from error
+
+    async def _refused(self, path: str, response: aiohttp.ClientResponse) -> EngineError:
+        words = (await response.text())[:2000]
+        return EngineError(f"{self.endpoint.name} answered {path} with status {response.status}: {words or '(no words)'}")
+
+    def _lost(self, cause: object) -> EngineLostError:
+        words = str(cause) or type(cause).__name__
+        return EngineLostError(f"{self.endpoint.name} ({self.endpoint.url}) is lost: {words}", self.endpoint.name)
+
+    def _session(self) -> aiohttp.ClientSession:
+        """Made on first use, as it belongs to the running loop."""
+        if self._open_session is None:
+            key = self.endpoint.api_key
+            self._open_session = aiohttp.ClientSession(
+                self.endpoint.url,
+                headers={"Authorization": f"Bearer {key}"} if key else {},
+                connector=aiohttp.TCPConnector(limit=0),  # a sample is a stream; the server decides how many run
+                read_bufsize=_MAX_EVENT_BYTES,
+            )
+        return self._open_session
+
+
+def _piece(event: dict[str, Any], num_before: int) -> Piece:
+    """One event of the stream (`incremental_streaming_output`); `num_before` tokens of the sample came earlier."""
+    meta = event["meta_info"]
+    # A sample aborted while it waits repeats tokens that were sent before; the count is right.
+    num_new = meta["completion_tokens"] - num_before
+    token_ids = (event.get("output_ids") or [])[-num_new:] if num_new else []
+    log_probs = [entry[0] for entry in (meta.get("output_token_logprobs") or [])[-num_new:]] if num_new else []
+    if len(log_probs) != len(token_ids):
+        raise EngineError(
+            f"a SGLang server sent {len(token_ids)} tokens with {len(log_probs)} log-probs; start it with "
+            "--skip-tokenizer-init --incremental-streaming-output."
+        )
+    finish = meta.get("finish_reason") or {}
+    return Piece(
+        token_ids=token_ids,
+        log_probs=log_probs,
+        weight_versions=_versions(meta, num_before, num_before + len(token_ids)),
+        finish_reason=finish.get("type"),
+        reason=str(finish.get("message") or ""),
+        routed_experts=meta.get("routed_experts"),
+    )
+
+
+def _versions(meta: dict[str, Any], start: int, end: int) -> list[int]:
+    """One version per token of [start, end), from the spans over all tokens of the request so far."""
+    spans = meta.get("weight_versions") or [{"version": meta.get("weight_version", "-1"), "start": 0, "end": end}]
+    return [int(span["version"]) for span in spans for _ in range(max(start, span["start"]), min(end, span["end"]))]
