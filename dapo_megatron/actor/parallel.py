@@ -10,12 +10,18 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from dapo_megatron.config.schema import Config
+from dapo_megatron.types import ConfigError
 
 
 def initialize(config: Config, *, rank: int, init_method: str) -> torch.device:
     """Join the actor's world (`init_method`, e.g. tcp://host:port) and build megatron-core's groups. Returns this rank's device."""
     actor = config.actor
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cpu" and actor.expert_parallel_size > 1 and actor.expert_tensor_parallel_size > 1:
+        raise ConfigError(
+            f"actor.expert_tensor_parallel_size ({actor.expert_tensor_parallel_size}) must be 1 with actor.expert_parallel_size "
+            f"({actor.expert_parallel_size}) on CPU: gloo cannot gather shares of different length; set it to 1."
+        )
     torch.set_num_threads(actor.num_threads)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",

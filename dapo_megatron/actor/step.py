@@ -102,10 +102,9 @@ class LmHead:
         rows = hidden_states.squeeze(1).index_select(0, context.batch.rows)
         targets, vocabulary = context.batch.targets, self._vocabulary(weight.shape[0])
         if context.loss is None:
-            log_probs, _ = log_probs_and_entropy(
+            return log_probs_and_entropy(
                 rows, weight, targets, vocabulary=vocabulary, temperature=self.temperature, chunk_tokens=self.chunk_tokens
-            )
-            return log_probs
+            )[0]
         return head_loss(
             rows,
             weight,

@@ -60,6 +60,8 @@ def test_every_rank_of_the_grid_holds_its_numbers(tmp_path: Path, family: str, n
 
 def fill_and_compare(rank: int, init_method: str, layouts: list[Config]) -> tuple[int, list[str]]:
     """(ranks built, what was wrong): every rank of every layout, one after the other in this process."""
+    from dapo_megatron.weights.checkpoint_keys import checkpoint_places
+    from dapo_megatron.weights.families import megatron_arguments
     from dapo_megatron.weights.plan import check_cover, compile_mapping
 
     hf_config = json.loads((layouts[0].model.path / "config.json").read_text())
@@ -71,19 +73,31 @@ def fill_and_compare(rank: int, init_method: str, layouts: list[Config]) -> tupl
         for start, (name, shape) in zip(ends[:-1].tolist(), mapping.hf_tensors.items(), strict=True)
     }
     num_built, mismatches = 0, []
+    homogeneous = not isinstance(megatron_arguments(hf_config)["moe_layer_freq"], list)
     for layout in layouts:
         owned: list[Any] = []
+        by_stacking: dict[bool, set[Any]] = {True: set(), False: set()}
         for layout_rank in range(layout.actor.world_size):
-            boxes, wrong = _one_rank(layout, layout_rank, hf_config, mapping, hf)
+            boxes, wrong, keys = _one_rank(layout, layout_rank, hf_config, mapping, hf)
             owned += boxes
+            by_stacking = {form: of_form | keys[form] for form, of_form in by_stacking.items()}
             mismatches += [f"{layout.actor.model_dump(exclude_defaults=True)} rank {layout_rank}: {name}" for name in wrong]
             num_built += 1
         check_cover(mapping, owned)
+        for asked, found in by_stacking.items():
+            places = checkpoint_places(mapping, stacked_layers=asked and homogeneous).values()
+            if found != {(place.key, place.index, place.axes) for place in places}:
+                mismatches.append(f"{layout.actor.model_dump(exclude_defaults=True)}: names in a checkpoint, stacked: {asked}")
     return num_built, mismatches
 
 
-def _one_rank(layout: Config, rank: int, hf_config: dict, mapping: Any, hf: dict) -> tuple[list[Any], list[str]]:
-    """Boxes this rank owns, and the parameters whose numbers are not those of the tensor algebra."""
+def _one_rank(
+    layout: Config, rank: int, hf_config: dict, mapping: Any, hf: dict
+) -> tuple[list[Any], list[str], dict[bool, set[Any]]]:
+    """Boxes this rank owns, the parameters whose numbers are not those of the tensor algebra, and the names it would save.
+
+    Names are (key, leading index, leading axes), by whether megatron-core was left to stack layers.
+    """
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -127,10 +141,25 @@ def _one_rank(layout: Config, rank: int, hf_config: dict, mapping: Any, hf: dict
                 expected = expected_numbers(name, layers, hf_config, hf, place)
                 if expected.shape != tensor.shape or not torch.equal(expected, tensor.detach()):
                     wrong.append(name)
-        return [item.box for item in live if item.is_owner], wrong
+        keys = {stacked: _checkpoint_names(modules, stacked) for stacked in (True, False)}
+        return [item.box for item in live if item.is_owner], wrong, keys
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def _checkpoint_names(modules: list[Any], stacked: bool) -> set[Any]:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    names = set()
+    for module in modules:
+        for value in module.sharded_state_dict(metadata={"non_homogeneous_layers": not stacked}).values():
+            built = value.build() if isinstance(value, ShardedTensorFactory) else value
+            for tensor in built if isinstance(built, list) else [built]:
+                if isinstance(tensor, ShardedTensor):
+                    axes = tensor.prepend_axis_num
+                    names.add((tensor.key, tuple(tensor.global_offset[:axes]), tuple(tensor.global_shape[:axes])))
+    return names
 
 
 def expected_numbers(name: str, layers: list[int], config: dict, hf: dict, place: Place) -> torch.Tensor:

@@ -176,6 +176,8 @@ def test_rule_across_sections(load, overrides, words):
     ("change", "words"),
     [
         ({"model_type": "mamba"}, "model_type (mamba)"),
+        ({"model_type": "qwen3_moe"}, "to be trained: experts and latent attention can be converted"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config of"),
         ({"hidden_act": "gelu"}, "hidden_act (gelu)"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope type (yarn)"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type (linear)"),
@@ -185,6 +187,11 @@ def test_rule_across_sections(load, overrides, words):
 )
 def test_unsupported_architecture_is_named(load, change, words):
     assert words in only_problem(load(), {**HF_CONFIG, **change})
+
+
+@pytest.mark.parametrize("name", ["expert_parallel_size", "expert_tensor_parallel_size"])
+def test_a_dense_model_has_no_experts_to_share_out(load, name):
+    assert f"actor.{name} (2) must be 1: " in only_problem(load(f"--actor.{name}=2"))
 
 
 @pytest.mark.parametrize(
