@@ -11,7 +11,7 @@ token count over all micro-batches and data-parallel ranks, so each trained toke
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from dapo_megatron.actor.log_probs import Vocabulary, head_loss, log_probs_and_entropy
 from dapo_megatron.actor.micro_batch import MicroBatchTensors
 from dapo_megatron.actor.parallel import holds_loss
-from dapo_megatron.algo.dapo_loss import TokenLoss, dapo_token_loss
+from dapo_megatron.algo.dapo_loss import TokenLoss, dapo_token_loss, k3_divergence
 from dapo_megatron.config.schema import AlgoConfig
 
 
@@ -33,8 +33,9 @@ from dapo_megatron.config.schema import AlgoConfig
 class MicroBatchLoss:
     """The DAPO loss of a micro-batch's trained tokens, any rows of them at a time.
 
-    `old_log_probs` fp32 [R]; None: the log-probs at hand themselves. Tokens that are not `on_policy`, and all tokens with
-    `algo.old_log_probs: engine`, take the engine's log-probs instead: only those are of the distribution they were drawn from.
+    `old_log_probs` fp32 [R]; None: the log-probs at hand themselves. Without `algo.tis_clip`, tokens that are not `on_policy`, and all
+    tokens with `algo.old_log_probs: engine`, take the engine's log-probs instead: only those are of the distribution they were drawn
+    from. With it, all tokens take the actor's, and a weight corrects for the distribution.
     """
 
     batch: MicroBatchTensors
@@ -51,18 +52,23 @@ class MicroBatchLoss:
     def of_tokens(self, log_probs: Tensor, rows: slice) -> TokenLoss:
         """Unweighted, without the entropy term."""
         on_policy, rollout_log_probs = self.batch.on_policy[rows], self.batch.rollout_log_probs[rows]
-        from_engine = ~on_policy if self.algo.old_log_probs == "actor" else torch.ones_like(on_policy)
+        old_log_probs = self.actors(log_probs, rows)
+        if self.algo.tis_clip is None:
+            from_engine = ~on_policy if self.algo.old_log_probs == "actor" else torch.ones_like(on_policy)
+            old_log_probs = torch.where(from_engine, rollout_log_probs, old_log_probs)
         return dapo_token_loss(
             log_probs,
-            torch.where(from_engine, rollout_log_probs, self.actors(log_probs, rows)),
+            old_log_probs,
             self.batch.advantages[rows],
             clip_ratio_low=self.algo.clip_ratio_low,
             clip_ratio_high=self.algo.clip_ratio_high,
             dual_clip=self.algo.dual_clip,
+            rollout_log_probs=rollout_log_probs,
+            tis_clip=self.algo.tis_clip,
         )
 
     def actors(self, log_probs: Tensor, rows: slice) -> Tensor:
-        """The actor's log-probs at the weights that sampled."""
+        """The actor's log-probs at the start of the rollout step: at the weights that sampled, where a token is on-policy."""
         return log_probs.detach() if self.old_log_probs is None else self.old_log_probs[rows]
 
 
@@ -128,7 +134,7 @@ class LmHead:
 
 @dataclass(frozen=True, slots=True)
 class LossStatistics:
-    """Sums and maxima over the trained tokens of one optimizer step, over all micro-batches and data-parallel ranks."""
+    """Sums, then maxima, over the trained tokens of one optimizer step, over all micro-batches and data-parallel ranks."""
 
     loss_sum: float
     num_loss_tokens: int
@@ -138,11 +144,15 @@ class LossStatistics:
     num_clipped_high: int
     log_prob_diff_sum: float
     num_on_policy_tokens: int
+    mismatch_sum: float
+    mismatch_k3_sum: float
+    num_truncated: int
     log_prob_diff_max: float
     ratio_max: float
+    mismatch_max: float
 
 
-_NUM_SUMS = 8
+_NUM_SUMS, _NUM_MAXIMA = 11, 3
 
 
 def train_micro_batches(
@@ -155,7 +165,7 @@ def train_micro_batches(
     """Forward and backward over the micro-batches of one optimizer step; gradients are left in the DDP buffers.
 
     chunks: DDP-wrapped model chunks. old_log_probs: fp32 [R] a micro-batch, on last-stage ranks; None: this forward pass's own
-    values, which is exact when the weights have not changed since sampling. `log_prob_diff` is |actor - engine| over on-policy tokens.
+    values, which is exact for the first optimizer step. `log_prob_diff` is |actor - engine| over on-policy tokens, `mismatch` over all.
     """
     indexed = [(batch, old_log_probs[i] if old_log_probs else None) for i, batch in enumerate(micro_batches)]
     collected = _run_schedule(chunks, indexed, partial(_forward_loss, head=head, algo=algo), forward_only=False)
@@ -229,7 +239,9 @@ def _three_parts(output: tuple[Tensor, Tensor, Tensor], *, loss: MicroBatchLoss)
     num_tokens = torch.tensor(log_probs.numel(), dtype=torch.int, device=log_probs.device)
     with torch.no_grad():
         tokens = loss.of_tokens(log_probs, rows)
-        difference = torch.where(batch.on_policy, (loss.actors(log_probs, rows) - batch.rollout_log_probs).abs(), 0.0)
+        actors = loss.actors(log_probs, rows)
+        mismatch = (actors - batch.rollout_log_probs).abs()
+        difference = torch.where(batch.on_policy, mismatch, 0.0)
         sums = [
             loss_sum,
             num_tokens,
@@ -239,22 +251,25 @@ def _three_parts(output: tuple[Tensor, Tensor, Tensor], *, loss: MicroBatchLoss)
             tokens.clipped_high.sum(),
             difference.sum(),
             batch.on_policy.sum(),
+            mismatch.sum(),
+            k3_divergence(actors, batch.rollout_log_probs).sum(),
+            tokens.truncated.sum(),
         ]
-        maxima = [x.max() if x.numel() else torch.zeros((), device=x.device) for x in (difference, tokens.ratio)]
+        maxima = [x.max() if x.numel() else torch.zeros((), device=x.device) for x in (difference, tokens.ratio, mismatch)]
         stats = torch.stack([x.detach().double() for x in (*sums, *maxima)])
     return loss_sum, num_tokens, {"stats": stats}
 
 
 def _reduce(stats: list[Tensor], device: torch.device) -> LossStatistics:
     """Over micro-batches, then over all ranks; only one rank per data-parallel copy contributes."""
-    total = torch.zeros(_NUM_SUMS + 2, dtype=torch.float64, device=device)
+    total = torch.zeros(_NUM_SUMS + _NUM_MAXIMA, dtype=torch.float64, device=device)
     if stats and holds_loss():
         stacked = torch.stack(stats)
         total[:_NUM_SUMS] = stacked[:, :_NUM_SUMS].sum(dim=0)
         total[_NUM_SUMS:] = stacked[:, _NUM_SUMS:].amax(dim=0)
     dist.all_reduce(total[:_NUM_SUMS])
     dist.all_reduce(total[_NUM_SUMS:], op=dist.ReduceOp.MAX)
-    loss, tokens, entropy, probability, low, high, difference, on_policy, difference_max, ratio_max = total.tolist()
-    return LossStatistics(
-        loss, int(tokens), entropy, probability, int(low), int(high), difference, int(on_policy), difference_max, ratio_max
-    )
+    counts = {"num_loss_tokens", "num_clipped_low", "num_clipped_high", "num_on_policy_tokens", "num_truncated"}
+    names = [field.name for field in fields(LossStatistics)]
+    values = {name: int(value) if name in counts else value for name, value in zip(names, total.tolist(), strict=True)}
+    return LossStatistics(**values)

@@ -64,7 +64,8 @@ class ActorWorker:
         statistics = [update.statistics for update in updates]
         # With the engine's log-probs as old ones, only the first step still has the weights that sampled.
         compared = statistics if self._config.algo.old_log_probs == "actor" else statistics[:1]
-        return _metrics(updates, learning_rate(self._config.actor, rollout_step)) | _log_prob_differences(compared)
+        row = _metrics(updates, learning_rate(self._config.actor, rollout_step)) | _log_prob_differences(compared)
+        return row | _mismatch(compared, truncates=self._config.algo.tis_clip is not None)
 
     def updates(
         self, batch: TrainBatch, rollout_step: int, before_step: Callable[[int], None] = lambda index: None
@@ -172,3 +173,16 @@ def _log_prob_differences(statistics: Sequence[LossStatistics]) -> dict[str, flo
         "actor/log_prob_diff_mean": sum(step.log_prob_diff_sum for step in statistics) / tokens,
         "actor/log_prob_diff_max": max(step.log_prob_diff_max for step in statistics),
     }
+
+
+def _mismatch(statistics: Sequence[LossStatistics], *, truncates: bool) -> dict[str, float]:
+    """|actor - engine| over all tokens; not measured where every token is on-policy and nothing is corrected."""
+    tokens = sum(step.num_loss_tokens for step in statistics)
+    if not truncates and tokens == sum(step.num_on_policy_tokens for step in statistics):
+        return {}
+    row = {
+        "actor/mismatch_mean": sum(step.mismatch_sum for step in statistics) / tokens,
+        "actor/mismatch_max": max(step.mismatch_max for step in statistics),
+        "actor/mismatch_kl_nats": sum(step.mismatch_k3_sum for step in statistics) / tokens,
+    }
+    return row | ({"actor/tis_clip_fraction": sum(step.num_truncated for step in statistics) / tokens} if truncates else {})

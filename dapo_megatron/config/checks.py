@@ -255,6 +255,16 @@ def _log_probs(config: Config) -> Iterator[str]:
             f"algo.old_log_probs engine needs rollout.top_p 1 and no rollout.top_k (now {rollout.top_p:g} and {rollout.top_k}): "
             "a truncated distribution has other log-probs than the actor's; use algo.old_log_probs actor."
         )
+    if config.algo.tis_clip is not None and config.algo.old_log_probs == "engine":
+        yield (
+            f"algo.tis_clip ({config.algo.tis_clip:g}) has no effect with algo.old_log_probs engine, which is what it corrects towards; "
+            "use algo.old_log_probs actor, or set algo.tis_clip to null."
+        )
+    if config.algo.tis_clip is not None and (rollout.top_p < 1 or rollout.top_k is not None):
+        yield (
+            f"algo.tis_clip needs rollout.top_p 1 and no rollout.top_k (now {rollout.top_p:g} and {rollout.top_k}): a truncated "
+            "distribution has other log-probs than the actor's; set algo.tis_clip to null, or sample without truncation."
+        )
 
 
 def _layout(config: Config) -> Iterator[str]:

@@ -116,6 +116,9 @@ class AlgoConfig(Section):
     """Weight of an entropy bonus per trained token. Paper: 0."""
     old_log_probs: Literal["actor", "engine"] = "actor"
     """actor: a forward pass with the weights that sampled. engine: the log-probs the engine reported."""
+    tis_clip: float | None = Field(None, gt=0)
+    """Truncated importance sampling: each token weighs min(pi_old / pi_rollout, tis_clip), pi_old being the actor at the start of the
+    rollout step; 2 is usual. None: off; tokens of older weights take the engine's log-probs as old ones."""
 
 
 class TrainConfig(Section):

@@ -58,6 +58,16 @@ _TABLE = (
     Metric("actor/ratio_max", "ratio", "max", "largest importance ratio over trained tokens"),
     Metric("actor/log_prob_diff_mean", "nats", "mean", "|actor - engine| log-probability of the sampled tokens"),
     Metric("actor/log_prob_diff_max", "nats", "max", "|actor - engine| log-probability of the sampled tokens"),
+    Metric(
+        "actor/mismatch_mean", "nats", "mean", "|actor - engine| log-probability over trained tokens, those of older weights too"
+    ),
+    Metric(
+        "actor/mismatch_max", "nats", "max", "|actor - engine| log-probability over trained tokens, those of older weights too"
+    ),
+    Metric(
+        "actor/mismatch_kl_nats", "nats", "mean", "KL(policy that drew the tokens || actor), estimator k3, over trained tokens"
+    ),
+    Metric("actor/tis_clip_fraction", "fraction", "mean", "trained tokens whose importance weight algo.tis_clip cut"),
     Metric("actor/learning_rate", "1/step", "value", "learning rate of this rollout step"),
     Metric("actor/num_optimizer_steps", "steps", "sum", "optimizer steps of this rollout step"),
     Metric("actor/num_loss_tokens", "tokens", "sum", "trained tokens over all optimizer steps"),

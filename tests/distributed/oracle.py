@@ -88,11 +88,16 @@ def train(directory: Path, config: Config, batch: TrainBatch) -> OracleRun:
         loss, num_clipped = 0.0, 0
         for sample in _samples(step):
             log_probs = sequence_log_probs(model, sample)
-            drawn_with = old[id(sample)] if sample.on_policy else torch.tensor(sample.rollout_log_probs)
-            ratio = (log_probs - drawn_with).exp()
+            drawn_with = torch.tensor(sample.rollout_log_probs)
+            weight = torch.ones_like(drawn_with)
+            old_log_probs = old[id(sample)] if sample.on_policy else drawn_with
+            if config.algo.tis_clip is not None:
+                old_log_probs = old[id(sample)]
+                weight = (old_log_probs - drawn_with).exp().clamp(max=config.algo.tis_clip)
+            ratio = (log_probs - old_log_probs).exp()
             allowed = ratio.clamp(1 - config.algo.clip_ratio_low, 1 + config.algo.clip_ratio_high)
             objective = torch.minimum(ratio * sample.advantage, allowed * sample.advantage)
-            sample_loss = -objective.sum() * sample.loss_weight / step.num_loss_tokens
+            sample_loss = -(weight * objective).sum() * sample.loss_weight / step.num_loss_tokens
             sample_loss.backward()
             loss += sample_loss.item()
             num_clipped += int((objective != ratio * sample.advantage).sum())

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from dapo_megatron.config.schema import Config
+from dapo_megatron.config.schema import AlgoConfig, Config
 from dapo_megatron.types import TrainBatch, TrainSample
 from tests.distributed import oracle, programs
 from tests.distributed.batches import cut, random_samples
@@ -173,6 +173,24 @@ def test_log_probs_agree_with_transformers(models: dict[str, Path], layout: dict
             with torch.no_grad():
                 wanted = torch.cat([oracle.sequence_log_probs(reference, sample) for sample in samples])
             np.testing.assert_allclose(values, wanted.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [TP2 | SP, PP2 | VPP2], ids=["tp2_sp", "pp2_vpp2"])
+def test_truncated_importance_sampling_agrees_with_transformers(models: dict[str, Path], layout: dict[str, Any]):
+    """Tokens drawn by policies around the actor's: every token has a weight, and some weights are cut."""
+    samples = [sample for sample in samples_of(models["qwen3"], 24) if not sample.on_policy]
+    batch = cut(samples, num_ranks=1, samples_per_micro_batch=2, num_updates=3)
+    plain = programs.make_config(models["qwen3"], **layout, optimizer=OPTIMIZER)
+    config = plain.model_copy(update={"algo": AlgoConfig(tis_clip=1.2)})
+    _, got = run_ranks(programs.load_and_replay, 2, config, batch)[0]
+    want, uncorrected = (oracle.train(models["qwen3"], one, batch).updates for one in (config, plain))
+    assert want[0].grad_norm != pytest.approx(uncorrected[0].grad_norm, rel=0.01)
+    for index, (update, reference) in enumerate(zip(got.updates, want, strict=True)):
+        tolerance = 1e-4 if index else TOLERANCE
+        assert update.loss == pytest.approx(reference.loss, rel=tolerance, abs=tolerance / 10), index
+        assert update.grad_norm == pytest.approx(reference.grad_norm, rel=tolerance), index
+    for name, gradient in want[0].gradients.items():
+        assert np.abs(got.gradients[name] - gradient).max() <= TOLERANCE * np.abs(gradient).max(), name
 
 
 @pytest.mark.parametrize("layout", [TP2 | SP, PP2], ids=["tp2_sp", "pp2"])

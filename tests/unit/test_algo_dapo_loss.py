@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dapo_megatron.algo.dapo_loss import MAX_ABS_LOG_RATIO, TokenLoss, dapo_token_loss
+from dapo_megatron.algo.dapo_loss import MAX_ABS_LOG_RATIO, TokenLoss, dapo_token_loss, k3_divergence
 
 reproducible = settings(derandomize=True, deadline=None)
 
@@ -152,7 +152,7 @@ def test_only_log_probs_are_differentiated():
 
 
 def test_shapes_that_would_broadcast_are_refused():
-    with pytest.raises(ValueError, match=r"\[\(4,\), \(4, 1\), \(4,\)\].*must be the same \[T\]"):
+    with pytest.raises(ValueError, match=r"'old_log_probs': \(4, 1\).*must be the same \[T\]"):
         dapo_token_loss(torch.zeros(4), torch.zeros(4, 1), torch.zeros(4), clip_ratio_low=LOW, clip_ratio_high=HIGH)
 
 
@@ -161,3 +161,74 @@ def test_no_tokens_give_an_empty_loss_with_a_gradient():
     result = dapo_token_loss(log_probs, torch.zeros(0), torch.zeros(0), clip_ratio_low=LOW, clip_ratio_high=HIGH, dual_clip=3.0)
     result.loss.sum().backward()
     assert log_probs.grad is not None and log_probs.grad.shape == (0,)
+
+
+def corrected_loss(weights: list[float], ratios: list[float], advantages: list[float], tis_clip: float | None):
+    """As `token_loss`, for tokens whose old policy is `weights` times as likely as the one that drew them."""
+    old = torch.full((len(ratios),), -1.0, dtype=torch.float64, requires_grad=True)
+    drawn = (old.detach() - torch.tensor(weights, dtype=torch.float64).log()).requires_grad_()
+    log_probs = (old.detach() + torch.tensor(ratios, dtype=torch.float64).log()).requires_grad_()
+    result = dapo_token_loss(
+        log_probs,
+        old,
+        torch.tensor(advantages, dtype=torch.float64),
+        clip_ratio_low=LOW,
+        clip_ratio_high=HIGH,
+        rollout_log_probs=drawn,
+        tis_clip=tis_clip,
+    )
+    result.loss.sum().backward()
+    assert old.grad is None and drawn.grad is None, "the weight is a constant"
+    return result, log_probs.grad
+
+
+@pytest.mark.parametrize(
+    ("weight", "used", "truncated"),
+    [(0.25, 0.25, False), (1.0, 1.0, False), (1.9, 1.9, False), (3.0, 2.0, True), (1e9, 2.0, True)],
+)
+@pytest.mark.parametrize("ratio", [0.5, 1.0, 1.5])
+def test_importance_weight_scales_loss_and_gradient_up_to_its_bound(weight, used, truncated, ratio):
+    plain, gradient = token_loss([ratio, ratio], [2.0, -2.0])
+    result, got_gradient = corrected_loss([weight, weight], [ratio, ratio], [2.0, -2.0], tis_clip=2.0)
+    torch.testing.assert_close(result.loss, used * plain.loss)
+    torch.testing.assert_close(got_gradient, used * gradient)
+    assert result.truncated.tolist() == [truncated, truncated]
+    assert torch.equal(result.clipped_high, plain.clipped_high) and torch.equal(result.clipped_low, plain.clipped_low)
+
+
+def test_expected_gradient_under_the_drawing_policy_is_that_of_the_old_one():
+    """Over a vocabulary of 4, exactly: sum over tokens of q * (p_old / q) * grad = sum of p_old * grad, while no weight is cut."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, generator=generator, dtype=torch.float64)
+    drawn = torch.randn(4, generator=generator, dtype=torch.float64).log_softmax(0)
+    advantages = torch.tensor([1.0, -0.5, 0.25, -1.0], dtype=torch.float64)
+
+    def gradient(of_tokens: torch.Tensor, tis_clip: float | None) -> torch.Tensor:
+        theta = logits.clone().requires_grad_()
+        log_probs = theta.log_softmax(0)
+        result = dapo_token_loss(
+            *(log_probs, log_probs.detach(), advantages),
+            clip_ratio_low=LOW,
+            clip_ratio_high=HIGH,
+            rollout_log_probs=drawn,
+            tis_clip=tis_clip,
+        )
+        (of_tokens.exp() * result.loss).sum().backward()
+        return theta.grad
+
+    on_policy = gradient(logits.log_softmax(0), None)
+    torch.testing.assert_close(gradient(drawn, 1e6), on_policy)
+    assert (gradient(drawn, None) - on_policy).abs().max() > 0.01
+
+
+def test_a_weight_without_the_log_probs_that_drew_is_refused():
+    with pytest.raises(ValueError, match=r"tis_clip \(2\) needs rollout_log_probs"):
+        dapo_token_loss(*[torch.zeros(2)] * 3, clip_ratio_low=LOW, clip_ratio_high=HIGH, tis_clip=2.0)
+
+
+def test_k3_is_the_divergence_in_the_mean_and_never_negative():
+    generator = torch.Generator().manual_seed(1)
+    p, q = (torch.randn(6, generator=generator, dtype=torch.float64).log_softmax(0) for _ in range(2))
+    estimates = k3_divergence(p, q)
+    assert (estimates >= 0).all()
+    torch.testing.assert_close((q.exp() * estimates).sum(), (q.exp() * (q - p)).sum())

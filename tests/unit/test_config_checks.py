@@ -148,6 +148,8 @@ def test_server_arguments_are_those_of_sglang(load, name, words):
         (["--algo.overlong_cache_tokens=1024"], "must be less than rollout.max_response_tokens (1024)"),
         (["--rollout.max_response_tokens=4000"], "(1024 + 4000 = 5024) must not exceed max_position_embeddings (4096)"),
         (["--algo.old_log_probs=engine", "--rollout.top_p=0.7"], "algo.old_log_probs engine needs rollout.top_p 1"),
+        (["--algo.tis_clip=2", "--algo.old_log_probs=engine"], "algo.tis_clip (2) has no effect with algo.old_log_probs engine"),
+        (["--algo.tis_clip=2", "--rollout.top_k=5"], "algo.tis_clip needs rollout.top_p 1 and no rollout.top_k (now 1 and 5)"),
         (["--run.max_restarts=1", "--checkpoint.every=0"], "run.max_restarts (1) needs checkpoints"),
         (["--run.max_restarts=1", "--checkpoint.resume=false"], "run.max_restarts (1) needs checkpoint.resume true"),
         (["--data.path=nowhere.jsonl"], "data.path (nowhere.jsonl) must be an existing file"),
