@@ -20,17 +20,21 @@ import torch
 from dapo_megatron.config.schema import Config
 from tests.distributed import programs
 from tests.distributed.ranks import run_ranks
-from tests.tiny_models import MOE_FAMILIES, SIZES
+from tests.tiny_models import FAMILIES, MOE_FAMILIES, SIZES
 
-TENSOR, EXPERT, EXPERT_TENSOR = (1, 2), (1, 2, 4), (1, 2)
+WITH_EXPERTS = tuple(itertools.product((1, 2), (1, 2, 4), (1, 2)))
+DENSE = ((1, 1, 1), (2, 1, 1), (4, 1, 1))
+"""Tensor, expert and expert tensor parallel sizes."""
 CASES = (
     ("qwen3_moe_some_dense", 1, None),
     ("qwen3_moe_some_dense", 2, None),
     ("qwen3_moe_some_dense", 2, 2),
     ("deepseek_v3", 2, None),
     ("mixtral", 1, None),
+    ("llama3_tied", 2, 2),
+    ("qwen2", 2, None),
 )
-"""Model, pipeline stages, chunks of a stage: each under every combination of the sizes above."""
+"""Model, pipeline stages, chunks of a stage: each under all the sizes above."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,10 @@ class Place:
 
 @pytest.mark.parametrize(("family", "num_stages", "num_chunks"), CASES)
 def test_every_rank_of_the_grid_holds_its_numbers(tmp_path: Path, family: str, num_stages: int, num_chunks: int | None):
-    config = MOE_FAMILIES[family](**SIZES, dtype="float32")
+    config = (FAMILIES | MOE_FAMILIES)[family](**SIZES, dtype="float32")
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     layouts = []
-    for tensor, expert, expert_tensor in itertools.product(TENSOR, EXPERT, EXPERT_TENSOR):
+    for tensor, expert, expert_tensor in WITH_EXPERTS if family in MOE_FAMILIES else DENSE:
         actor: dict[str, Any] = {"tensor_parallel_size": tensor, "expert_parallel_size": expert}
         actor |= {"expert_tensor_parallel_size": expert_tensor, "pipeline_parallel_size": num_stages}
         actor |= {"virtual_pipeline_size": num_chunks} if num_chunks else {}
@@ -73,7 +77,7 @@ def fill_and_compare(rank: int, init_method: str, layouts: list[Config]) -> tupl
         for start, (name, shape) in zip(ends[:-1].tolist(), mapping.hf_tensors.items(), strict=True)
     }
     num_built, mismatches = 0, []
-    homogeneous = not isinstance(megatron_arguments(hf_config)["moe_layer_freq"], list)
+    homogeneous = not isinstance(megatron_arguments(hf_config).get("moe_layer_freq"), list)
     for layout in layouts:
         owned: list[Any] = []
         by_stacking: dict[bool, set[Any]] = {True: set(), False: set()}
@@ -182,11 +186,11 @@ def expected_numbers(name: str, layers: list[int], config: dict, hf: dict, place
     attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
     if local == "input_layernorm.weight" or local == "pre_mlp_layernorm.weight":
         return hf[prefix + local.replace("pre_mlp", "post_attention")]
-    if local == "self_attention.linear_qkv.weight":
+    if local.startswith("self_attention.linear_qkv."):
         groups = config["num_key_value_heads"]
-        q, k, v = (hf[f"{attention}{p}_proj.weight"].unflatten(0, (groups, -1)) for p in "qkv")
+        q, k, v = (hf[f"{attention}{p}_proj.{rest[2]}"].unflatten(0, (groups, -1)) for p in "qkv")
         return part(torch.cat([q, k, v], dim=1).flatten(0, 1), 0)
-    replicated = {"q_layernorm": "q_a_layernorm" if "q_lora_rank" in config else "q_norm", "k_layernorm": "k_norm"}
+    replicated = {"q_layernorm": "q_a_layernorm" if "kv_lora_rank" in config else "q_norm", "k_layernorm": "k_norm"}
     replicated |= {"kv_layernorm": "kv_a_layernorm"}
     rows = {"linear_q_proj": "q_proj", "linear_q_down_proj": "q_a_proj", "linear_q_up_proj": "q_b_proj"}
     rows |= {"linear_kv_down_proj": "kv_a_proj_with_mqa", "linear_kv_up_proj": "kv_b_proj"}
