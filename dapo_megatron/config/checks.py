@@ -16,7 +16,8 @@ from dapo_megatron.config.fields import did_you_mean, either, nearest
 from dapo_megatron.config.schema import Config, SglangEngineConfig
 from dapo_megatron.types import ConfigError
 
-SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3")
+DENSE_MODEL_TYPES = ("llama", "qwen2", "qwen3")
+SUPPORTED_MODEL_TYPES = DENSE_MODEL_TYPES
 CONVERTED_MODEL_TYPES = ("qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3")
 """Families that `checkpoint-tools` converts and a run refuses: the embedded engine cannot receive stacked experts yet."""
 SUPPORTED_ROPE_TYPES = ("default", "llama3")
@@ -356,7 +357,7 @@ def _layout_of_model(config: Config, hf_config: Mapping[str, Any]) -> Iterator[s
                 f"use {either(_divisors(common, limit=64))}" + (", or set actor.pad_query_groups." if name in heads else ".")
             )
     for name in ("expert_parallel_size", "expert_tensor_parallel_size"):
-        if (size := getattr(actor, name)) > 1 and hf_config.get("model_type") in SUPPORTED_MODEL_TYPES:
+        if (size := getattr(actor, name)) > 1 and hf_config.get("model_type") in DENSE_MODEL_TYPES:
             yield f"actor.{name} ({size}) must be 1: {model} has no experts; remove it."
     num_layers = hf_config.get("num_hidden_layers")
     if isinstance(num_layers, int):
