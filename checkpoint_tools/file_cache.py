@@ -1,4 +1,4 @@
-"""Descriptors kept open for reading and writing at places, which several threads of work share without a position."""
+"""Descriptors kept open for reading and writing at places of many files."""
 
 from __future__ import annotations
 
@@ -28,17 +28,6 @@ class FileCache:
     def __del__(self) -> None:
         for descriptor in self._open.values():
             os.close(descriptor)
-
-
-def read_exactly(file: int, into: memoryview, offset: int) -> int:
-    """Fill `into` from `offset` on; the bytes read, fewer only where the file ends."""
-    done = 0
-    while done < len(into):
-        count = os.preadv(file, [into[done:]], offset + done)
-        if count == 0:
-            break
-        done += count
-    return done
 
 
 def write_all(file: int, data: bytes | memoryview, offset: int) -> None:

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from checkpoint_tools.errors import reading, writing
-from checkpoint_tools.file_cache import FileCache, read_exactly, write_all
+from checkpoint_tools.file_cache import FileCache, write_all
 from checkpoint_tools.import_plan import Chunk, ImportTask, SourceRun
 from checkpoint_tools.worker_pool import Report
 from dapo_megatron.types import CheckpointError
 from dapo_megatron.weights.hf_files import HfFiles
 from dapo_megatron.weights.hf_headers import TORCH_DTYPES
+from dapo_megatron.weights.pread import read_into
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +75,7 @@ class ImportWorker:
                     return False
                 at += len(around.before)
                 for row0, rows in self._blocks(task, chunk):
-                    if read_exactly(file, rows, at) != len(rows):
+                    if read_into(file, rows, at) != len(rows):
                         return False
                     for run, _, part in self._parts(task, row0, rows):
                         hashes[run.hf_name].update(self._cast(part, task.dtype, task.hf_dtype))
@@ -111,7 +112,7 @@ class ImportWorker:
             path = self._source / run.file
             with reading(path):
                 file = self._files.open(path, os.O_RDONLY)
-                num_read = read_exactly(file, part, run.offset + first_row * task.row_bytes)
+                num_read = read_into(file, part, run.offset + first_row * task.row_bytes)
             if num_read != len(part):
                 raise CheckpointError(f"{path} ends within {run.hf_name}: it is truncated; get the file again")
             running.update(part)

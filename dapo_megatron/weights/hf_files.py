@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ from dapo_megatron.types import CheckpointError, MappingError
 from dapo_megatron.weights.codecs import FP8, Block, block_of, dequantise, scale_name, scale_shape, scale_slices
 from dapo_megatron.weights.hf_headers import TORCH_DTYPES, HfTensor, read_header
 from dapo_megatron.weights.plan import ModelMapping
+from dapo_megatron.weights.pread import read_into
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +93,7 @@ class HfFiles:
                 target = result[row0 : row0 + rows_at_once]
                 block = target if is_whole else torch.empty((len(target), *inner), dtype=result.dtype)
                 view = memoryview(block.view(-1).view(torch.uint8).numpy())
-                if _read_into(file, view, header.offset + (rows.start + row0) * row_bytes) != len(view):
+                if read_into(file.fileno(), view, header.offset + (rows.start + row0) * row_bytes) != len(view):
                     raise CheckpointError(f"{path} ends within {name}: it is truncated; get the file again")
                 if not is_whole:
                     target.copy_(block[(slice(None), *columns)])
@@ -210,14 +209,3 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk") from error
-
-
-def _read_into(file: io.FileIO, target: memoryview, offset: int) -> int:
-    """Fill `target` from `offset` on; the bytes read, fewer only where the file ends."""
-    done = 0
-    while done < len(target):
-        count = os.preadv(file.fileno(), [target[done:]], offset + done)
-        if count == 0:
-            break
-        done += count
-    return done

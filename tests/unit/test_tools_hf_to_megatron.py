@@ -22,6 +22,7 @@ from checkpoint_tools.errors import WriteError
 from checkpoint_tools.manifest import Manifest
 from checkpoint_tools.torch_dist import TorchDistReader
 from dapo_megatron.types import CheckpointError
+from tests.published_configs import MOONLIGHT_16B_A3B
 from tests.unit.weights_simulation import LLAMA_TIED, QWEN2, identity_fill
 
 CONFIG = QWEN2 | {"max_position_embeddings": 64, "rms_norm_eps": 1e-6}
@@ -111,6 +112,33 @@ def test_bf16_rounds_as_torch_does(tmp_path: Path, tiny_pieces: None):
     tensors = {name: torch.randn(tensor.shape) for name, tensor in fill().items()}
     convert(save(tmp_path / "hf", tensors), tmp_path / "out", dtype="bf16")
     assert equal(back(tmp_path / "out", tmp_path / "back"), {name: tensor.bfloat16() for name, tensor in tensors.items()})
+
+
+def test_fp8_weights_come_out_in_bf16_times_their_scales(tmp_path: Path, tiny_pieces: None):
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors = fill(dtype=torch.bfloat16)
+    tensors[name] = torch.randn(tensors[name].shape).to(torch.float8_e4m3fn)
+    scales = torch.rand(4, 6)
+    quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [4, 4]}
+    save(tmp_path / "hf", tensors | {f"{name}_scale_inv": scales}, CONFIG | {"quantization_config": quantization})
+    convert(tmp_path / "hf", tmp_path / "out")
+    spread = scales.repeat_interleave(4, 0).repeat_interleave(4, 1)
+    expected = tensors | {name: (tensors[name].float() * spread).bfloat16()}
+    assert equal(back(tmp_path / "out", tmp_path / "back"), expected)
+
+
+def test_what_megatron_keeps_in_fp32_comes_back_as_it_was(tmp_path: Path):
+    """A router's bias in bf16: fp32 in the checkpoint, bf16 in the manifest and in HF again."""
+    from dapo_megatron.weights.plan import compile_mapping
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MOONLIGHT_16B_A3B | sizes | {"num_key_value_heads": 2, "n_routed_experts": 4, "num_experts_per_tok": 2}
+    tensors = {name: torch.randn(shape).bfloat16() for name, shape in compile_mapping(config).hf_tensors.items()}
+    convert(save(tmp_path / "hf", tensors, config), tmp_path / "out")
+    with TorchDistReader(tmp_path / "out" / "release") as reader:
+        assert reader.tensors["decoder.layers.1.mlp.router.expert_bias"].dtype == "F32"
+        assert reader.tensors["decoder.layers.1.mlp.router.weight"].dtype == "BF16"
+    assert equal(back(tmp_path / "out", tmp_path / "back"), tensors)
 
 
 def test_names_shapes_and_arguments_are_megatrons(tmp_path: Path):
