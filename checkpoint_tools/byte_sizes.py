@@ -20,6 +20,14 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
+def parse_counts(text: str) -> tuple[int, ...]:
+    """`7,9,9,7`. ConfigError for anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ConfigError([f"{text!r} must be numbers with commas between, such as 7,9,9,7"])
+    return tuple(map(int, parts))
+
+
 def format_bytes(count: float) -> str:
     """Three digits and a decimal unit: 15.2 GB."""
     for unit in ("B", "kB", "MB", "GB"):

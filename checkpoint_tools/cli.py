@@ -113,7 +113,7 @@ def megatron_to_hf(
         Path,
         typer.Argument(
             metavar="CKPT_DIR",
-            help="torch_dist checkpoint, Megatron-LM's folder of them, or a run of dapo-megatron (the newest).",
+            help="torch_dist or legacy checkpoint, Megatron-LM's folder of them, or a run of dapo-megatron (the newest).",
             show_default=False,
         ),
     ],
@@ -150,6 +150,89 @@ def megatron_to_hf(
     run(
         Options(
             checkpoint, out_dir, hf_config, parse_bytes(shard_size), workers, parse_bytes(max_memory), dry_run, force, as_json
+        )
+    )
+
+
+@app.command()
+def reshard(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(metavar="CKPT_DIR", help="Legacy checkpoint: folder of mp_rank_*, or of iterations.", show_default=False),
+    ],
+    out_dir: Annotated[
+        Path, typer.Argument(metavar="OUT_DIR", help="Folder to make; give it to Megatron's --load.", show_default=False)
+    ],
+    tensor: Annotated[
+        int | None, typer.Option("--tensor", metavar="TP", help="Tensor-parallel size.", show_default=False)
+    ] = None,
+    pipeline: Annotated[int | None, typer.Option("--pipeline", metavar="PP", help="Pipeline stages.", show_default=False)] = None,
+    virtual_pipeline: Annotated[
+        int | None, typer.Option("--virtual-pipeline", metavar="VPP", help="Model chunks of a stage.", show_default=False)
+    ] = None,
+    expert: Annotated[
+        int | None, typer.Option("--expert", metavar="EP", help="Expert-parallel size.", show_default=False)
+    ] = None,
+    expert_tensor: Annotated[
+        int | None,
+        typer.Option("--expert-tensor", metavar="ETP", help="Ranks that an expert is cut over. Default: TP.", show_default=False),
+    ] = None,
+    layers_per_stage: Annotated[
+        str | None,
+        typer.Option(
+            "--layers-per-stage", metavar="N,N,...", help="Uneven pipeline stages: one number each.", show_default=False
+        ),
+    ] = None,
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(
+            "--vocab-size", metavar="N", help="Tokens without padding. Default: what the checkpoint says.", show_default=False
+        ),
+    ] = None,
+    divisible_by: Annotated[
+        int | None,
+        typer.Option(
+            "--make-vocab-size-divisible-by",
+            metavar="N",
+            help="The vocabulary is padded to a multiple of N x TP. Default: as in the checkpoint, else 128.",
+            show_default=False,
+        ),
+    ] = None,
+    workers: Workers = None,
+    max_memory: MaxMemory = "8GiB",
+    dry_run: DryRun = False,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """A legacy Megatron-LM checkpoint (one file a rank) under another TP, PP, VPP, EP and ETP, bit by bit.
+
+    What is not given stays as it is. `torch_dist` checkpoints load under any layout and need none of this. Optimizer state is left out.
+
+    **Examples**
+
+    - `checkpoint-tools reshard ckpt/gpt ckpt/gpt-tp2-pp4 --tensor 2 --pipeline 4`
+    - `checkpoint-tools reshard ckpt/gpt/iter_0000100 out --pipeline 4 --layers-per-stage 7,9,9,7 --dry-run`
+    """
+    from checkpoint_tools.byte_sizes import parse_bytes, parse_counts
+    from checkpoint_tools.reshard import Options, run
+
+    run(
+        Options(
+            checkpoint=checkpoint,
+            out=out_dir,
+            tensor=tensor,
+            pipeline=pipeline,
+            virtual_pipeline=virtual_pipeline,
+            expert=expert,
+            expert_tensor=expert_tensor,
+            layers_per_stage=None if layers_per_stage is None else parse_counts(layers_per_stage),
+            vocab_size=vocab_size,
+            divisible_by=divisible_by,
+            num_workers=workers,
+            max_memory=parse_bytes(max_memory),
+            dry_run=dry_run,
+            force=force,
+            as_json=as_json,
         )
     )
 

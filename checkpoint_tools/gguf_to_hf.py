@@ -38,7 +38,7 @@ def run(options: Options) -> None:
     check_target(options.out, options.force)
     file = find_gguf(options.source)
     require_gguf()
-    facts = {"source": str(file.absolute()), "source_files": source_files([file])}
+    facts = {"source": str(file.absolute()), "source_files": source_files([file], file.parent)}
     with open_output(options.out, {"command": "gguf-to-hf", **facts}, options.force) as folder:
         with writing(folder.path):
             shutil.rmtree(folder.path)

@@ -139,7 +139,7 @@ def _identity(options: Options, plan: ImportPlan) -> dict[str, Any]:
         "command": "hf-to-megatron",
         "source": str(options.hf_dir.resolve()),
         "dtype": options.dtype,
-        "files": source_files([options.hf_dir / name for name in (CONFIG_FILE, *names)]),
+        "files": source_files([options.hf_dir / name for name in (CONFIG_FILE, *names)], options.hf_dir),
     }
 
 

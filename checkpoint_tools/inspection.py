@@ -19,7 +19,7 @@ from rich.table import Table
 from checkpoint_tools.byte_sizes import format_bytes
 from checkpoint_tools.errors import reading
 from checkpoint_tools.locate import Place, locate
-from checkpoint_tools.safe_pickle import DTYPES, Namespace, StoredTensor, load_common
+from checkpoint_tools.safe_pickle import DTYPES, Namespace, StoredTensor, load_common, stored_tensors
 from checkpoint_tools.spans import ITEMSIZE
 from checkpoint_tools.torch_dist import TorchDistReader, TorchDistTensor
 from dapo_megatron.types import CheckpointError, MappingError
@@ -156,16 +156,8 @@ def _inspect_legacy(place: Place) -> Report:
         step = content["iteration"] if isinstance(content.get("iteration"), int) else step
         rank = path.parent.name
         for part in sorted(name for name in content if re.fullmatch(r"model\d*", str(name))):
-            tensors += [_stored_info(f"{rank}.{name}", tensor, path) for name, tensor in _stored_tensors(content[part], part)]
+            tensors += [_stored_info(f"{rank}.{name}", tensor, path) for name, tensor in stored_tensors(content[part], part)]
     return _report(place, tensors, settings=settings, step=step)
-
-
-def _stored_tensors(value: Any, name: str) -> Iterator[tuple[str, StoredTensor]]:
-    if isinstance(value, StoredTensor):
-        yield name, value
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            yield from _stored_tensors(part, f"{name}.{key}")
 
 
 def _stored_info(name: str, tensor: StoredTensor, path: Path) -> TensorInfo:

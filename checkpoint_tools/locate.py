@@ -68,7 +68,7 @@ _NAMES: dict[Kind, str] = {
 _REMEDIES: dict[Kind, str] = {
     "hf": "`checkpoint-tools hf-to-megatron` converts it",
     "torch_dist": "`checkpoint-tools megatron-to-hf` converts it",
-    "legacy": "load it with Megatron-LM and save it with --ckpt-format torch_dist",
+    "legacy": "`checkpoint-tools megatron-to-hf` converts it, `checkpoint-tools reshard` changes its layout",
 }
 
 
@@ -85,7 +85,7 @@ def locate(path: Path) -> Place:
     if (path / TRACKER_FILE).is_file():
         return _tracked(path)
     if any(_LEGACY_RANK.fullmatch(child.name) for child in path.iterdir()):
-        return Place("legacy", path, path, _iteration(path), None)
+        return _legacy(path, path)
     description = _json_object(path / CONFIG_FILE)
     if isinstance(description.get("config"), dict):
         newest = RunFolder(path).newest_checkpoint()
@@ -102,8 +102,15 @@ def locate(path: Path) -> Place:
 
 
 def _torch_dist(root: Path, weights: Path) -> Place:
-    hf_dir = next((folder for folder in (root / COMPANIONS, root.parent / COMPANIONS) if (folder / CONFIG_FILE).is_file()), None)
-    return Place("torch_dist", root, weights, _iteration(weights), hf_dir or _recorded_source(root))
+    return Place("torch_dist", root, weights, _iteration(weights), _companions(root) or _recorded_source(root))
+
+
+def _legacy(root: Path, weights: Path) -> Place:
+    return Place("legacy", root, weights, _iteration(weights), _companions(root))
+
+
+def _companions(root: Path) -> Path | None:
+    return next((folder for folder in (root / COMPANIONS, root.parent / COMPANIONS) if (folder / CONFIG_FILE).is_file()), None)
 
 
 def _recorded_source(root: Path) -> Path | None:
@@ -121,7 +128,7 @@ def _tracked(path: Path) -> Place:
     if Path(name).name != name or not folder.is_dir():
         raise CheckpointError(f"{path / TRACKER_FILE} says {text!r}, and {folder} is no folder; give the folder of an iteration")
     if any(_LEGACY_RANK.fullmatch(child.name) for child in folder.iterdir()):
-        return Place("legacy", path, folder, _iteration(folder), None)
+        return _legacy(path, folder)
     place = _torch_dist(path, folder)
     if not is_torch_dist(folder):
         raise CheckpointError(f"{folder} has no metadata.json: the save was not completed; use another checkpoint")

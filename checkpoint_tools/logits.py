@@ -54,6 +54,7 @@ def logits_of(place: Place, hf_dir: Path, sequences: Sequence[np.ndarray]) -> li
     """fp32 logits [T, V] a sequence. `hf_dir` has the config.json of a Megatron checkpoint."""
     if place.kind == "hf":
         return _hf_logits(place.weights, sequences)
+    place.require("hf", "torch_dist")
     from dapo_megatron.actor import cpu_adapter
 
     cpu_adapter.install()

@@ -78,6 +78,9 @@ def write_provenance(directory: Path, **facts: Any) -> None:
     (directory / PROVENANCE_FILE).write_text(json.dumps(text, indent=1) + "\n")
 
 
-def source_files(files: list[Path]) -> list[dict[str, Any]]:
-    """Name, size and time of change of source files: who a source is, without reading it."""
-    return [{"name": file.name, "num_bytes": file.stat().st_size, "mtime_ns": file.stat().st_mtime_ns} for file in files]
+def source_files(files: list[Path], folder: Path) -> list[dict[str, Any]]:
+    """Name in `folder`, size and time of change of source files: who a source is, without reading it."""
+    return [
+        {"name": str(file.relative_to(folder)), "num_bytes": file.stat().st_size, "mtime_ns": file.stat().st_mtime_ns}
+        for file in files
+    ]

@@ -1,4 +1,4 @@
-"""The HF tensors that a torch_dist checkpoint holds: proven complete before anything is read, each a list of places in its files."""
+"""The HF tensors that a Megatron checkpoint holds: proven complete before anything is read, each a list of places in its files."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from checkpoint_tools.readers import Reader
 from checkpoint_tools.spans import Span, SpanReader, SpanTensor
-from checkpoint_tools.torch_dist import Chunk, LocatedChunk, TorchDistReader, TorchDistTensor
+from checkpoint_tools.torch_dist import Chunk, LocatedChunk, TorchDistTensor
 from dapo_megatron.types import MappingError
 from dapo_megatron.weights.checkpoint_keys import num_stacked_axes, unstacked_name
 from dapo_megatron.weights.plan import Box, ModelMapping, check_cover, import_plan, padding_slices
@@ -37,7 +38,7 @@ class MegatronSource:
     """Megatron name of a padded tensor -> elements that are padding and belong to no HF tensor."""
 
 
-def open_megatron(reader: TorchDistReader, mapping: ModelMapping) -> MegatronSource:
+def open_megatron(reader: Reader, mapping: ModelMapping) -> MegatronSource:
     """Find every HF tensor of `mapping` in the checkpoint.
 
     MappingError unless each of their elements is saved exactly once, and every other saved element is padding or left out for a
@@ -73,9 +74,7 @@ def open_megatron(reader: TorchDistReader, mapping: ModelMapping) -> MegatronSou
     return MegatronSource(tensors, dict(left_out), _check_padding(mapping, boxes, places, dtypes))
 
 
-def _boxes(
-    reader: TorchDistReader, mapping: ModelMapping, tensor: TorchDistTensor, chunk: Chunk
-) -> Iterator[tuple[Box, LocatedChunk]]:
+def _boxes(reader: Reader, mapping: ModelMapping, tensor: TorchDistTensor, chunk: Chunk) -> Iterator[tuple[Box, LocatedChunk]]:
     """A chunk as boxes of the mapping's tensors: one for each layer and expert of a stacked tensor."""
     stacked = num_stacked_axes(tensor.key)
     place = reader.locate(tensor, chunk)
@@ -102,7 +101,7 @@ def _span(place: LocatedChunk, box_slices: tuple[slice, ...], hf_slices: tuple[s
     return Span(place.file, start, row_stride, column_stride, rows.start, rows.stop - rows.start, column0, num_columns)
 
 
-def _check_complete(reader: TorchDistReader, mapping: ModelMapping, boxes: list[Box]) -> None:
+def _check_complete(reader: Reader, mapping: ModelMapping, boxes: list[Box]) -> None:
     """Every tensor, and of each every element exactly once."""
     if missing := sorted(set(mapping.tensors) - {box.name for box in boxes}):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

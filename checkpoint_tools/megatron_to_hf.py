@@ -19,13 +19,14 @@ from checkpoint_tools.disk_probe import probe_disks
 from checkpoint_tools.errors import writing
 from checkpoint_tools.export_worker import MAX_BUFFER_BYTES, ExportTask, ExportWorker
 from checkpoint_tools.hf_companions import companion_files, copy_companions
+from checkpoint_tools.legacy_layout import RANK_FILE
 from checkpoint_tools.locate import Place, locate
 from checkpoint_tools.manifest import Manifest, TensorRecord, source_files, write_provenance
 from checkpoint_tools.megatron_source import MegatronSource, open_megatron
 from checkpoint_tools.model_check import check_model
 from checkpoint_tools.output_folder import check_room, check_target, open_output
+from checkpoint_tools.readers import open_reader
 from checkpoint_tools.safetensors_plan import SafetensorsPlan, TensorSpec, plan_files
-from checkpoint_tools.torch_dist import TorchDistReader
 from checkpoint_tools.worker_pool import Pool
 from dapo_megatron.types import ConfigError
 from dapo_megatron.weights.families import family_of
@@ -109,15 +110,15 @@ class Export:
         return notes
 
 
-def plan_export(checkpoint: Path, hf_dir: Path | None, shard_bytes: int) -> Export:
+def plan_export(checkpoint: Path, hf_dir: Path | None, shard_bytes: int, max_memory: int, num_workers: int | None) -> Export:
     """Find the checkpoint and prove that it holds every tensor of the model. CheckpointError or MappingError when not."""
     place = locate(checkpoint)
-    place.require("torch_dist")
+    place.require("torch_dist", "legacy")
     hf_config = place.hf_config(hf_dir)
     directory = hf_dir or place.hf_dir
     assert directory is not None  # or hf_config would have raised
     mapping = compile_mapping(hf_config)
-    with TorchDistReader(place.weights) as reader:
+    with open_reader(place, max_memory, num_workers) as reader:
         num_checked = check_model(place, reader, hf_config, directory)
         source = open_megatron(reader, mapping)
     dtypes = _exported_dtypes(place, source)
@@ -195,7 +196,7 @@ def run(options: Options) -> None:
     check_target(options.out, options.force)
     if options.shard_bytes < 1:
         raise ConfigError([f"--shard-size ({options.shard_bytes}) must be at least 1 byte"])
-    export = plan_export(options.checkpoint, options.hf_config, options.shard_bytes)
+    export = plan_export(options.checkpoint, options.hf_config, options.shard_bytes, options.max_memory, options.num_workers)
     pool = Pool.choose(options.num_workers, options.max_memory, export.num_bytes)
     written_bytes = sum(file.num_bytes for file in export.files.files)
     check_room(options.out, written_bytes)
@@ -278,7 +279,8 @@ def _identity(export: Export) -> dict[str, Any]:
 
 
 def _source_files(place: Place) -> list[dict[str, Any]]:
-    return source_files(sorted(file for file in place.weights.iterdir() if file.is_file()))
+    pattern = f"*/{RANK_FILE}" if place.kind == "legacy" else "*"
+    return source_files(sorted(file for file in place.weights.glob(pattern) if file.is_file()), place.weights)
 
 
 def _mend_config(file: Path, changed: Mapping[str, Any]) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_tools.locate import Place
+from checkpoint_tools.readers import Reader
 from checkpoint_tools.safe_pickle import Inert
-from checkpoint_tools.torch_dist import TorchDistReader
 from dapo_megatron.launcher.identity import digest_of_model
 from dapo_megatron.types import CheckpointError, MappingError
 from dapo_megatron.weights.families import megatron_arguments
@@ -22,7 +22,7 @@ _OLD_NAMES = {"layernorm_epsilon": "norm_epsilon"}
 _CONTROLLER_STATE = "controller.json"
 
 
-def check_model(place: Place, reader: TorchDistReader, hf_config: Mapping[str, Any], hf_dir: Path) -> int:
+def check_model(place: Place, reader: Reader, hf_config: Mapping[str, Any], hf_dir: Path) -> int:
     """Compare config.json with what the checkpoint has recorded; the number of values that agreed, 0 where nothing is recorded.
 
     Megatron-LM's arguments are compared field by field; a run of dapo-megatron has recorded the hash of config.json. MappingError

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -20,6 +20,10 @@ from dapo_megatron.weights.hf_headers import TORCH_DTYPES
 
 DTYPES = {torch_name: dtype for dtype, torch_name in TORCH_DTYPES.items()}
 """torch's name of a dtype -> safetensors'."""
+
+
+class DtypeName(str):
+    """torch's name of a dtype, where the dtype itself stands."""
 
 
 class Record:
@@ -141,6 +145,18 @@ def load_common(file: BinaryIO, what: str) -> Any:
     return _load(TorchArchive(file, what).read("data.pkl"), what, _common_name)
 
 
+def stored_tensors(value: Any, name: str) -> Iterator[tuple[str, StoredTensor]]:
+    """The tensors somewhere in dicts and lists of what `load_common` gives, with their names joined to `name`."""
+    if isinstance(value, StoredTensor):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from stored_tensors(part, f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, part in enumerate(value):
+            yield from stored_tensors(part, f"{name}.{index}")
+
+
 class _Unpickler(pickle.Unpickler):
     """Looks up nothing but what is allowed."""
 
@@ -194,6 +210,11 @@ def _untyped(
     return StoredTensor(storage.record, dtype, offset, tuple(shape), tuple(strides))
 
 
+def _parameter(tensor: StoredTensor, *_: object) -> StoredTensor:
+    """A torch.nn.Parameter is its tensor."""
+    return tensor
+
+
 def _encode(text: str, encoding: str) -> bytes:
     """What the bytes of old pickle protocols come as."""
     return text.encode(encoding)
@@ -227,6 +248,7 @@ _INDEX_NAMES: dict[tuple[str, str], Any] = {
 _TENSOR_NAMES: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): _typed,
     ("torch._utils", "_rebuild_tensor_v3"): _untyped,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch.storage", "UntypedStorage"): _StorageType(None),
     ("torch", "UntypedStorage"): _StorageType(None),
     ("torch", "BFloat16Storage"): _StorageType("bfloat16"),
@@ -248,6 +270,20 @@ _PLAIN_NAMES: dict[tuple[str, str], Any] = {
     **{(module, kind.__name__): kind for module in ("builtins", "__builtin__") for kind in (set, frozenset, complex, bytearray)},
 }
 
+_COMMON_NAMES: dict[tuple[str, str], Any] = {
+    ("argparse", "Namespace"): Namespace,
+    # Of arguments, random streams and TransformerEngine's scaling state.
+    ("types", "SimpleNamespace"): Inert,
+    ("signal", "Signals"): Inert,
+    ("pathlib", "PosixPath"): Inert,
+    ("_io", "BytesIO"): Inert,
+    ("numpy.core.multiarray", "_reconstruct"): Inert,
+    ("numpy._core.multiarray", "_reconstruct"): Inert,
+    ("numpy", "ndarray"): Inert,
+    ("numpy", "dtype"): Inert,
+    ("numpy.dtypes", "UInt32DType"): Inert,
+}
+
 
 def _index_name(module: str, name: str) -> Any:
     return _plain_name(module, name) or _INDEX_NAMES.get((module, name))
@@ -260,8 +296,8 @@ def _tensor_name(module: str, name: str) -> Any:
 def _common_name(module: str, name: str) -> Any:
     if module.split(".")[0] in ("megatron", "transformer_engine"):
         return Inert
-    return Namespace if (module, name) == ("argparse", "Namespace") else _tensor_name(module, name)
+    return _COMMON_NAMES.get((module, name)) or _tensor_name(module, name)
 
 
 def _plain_name(module: str, name: str) -> Any:
-    return name if module == "torch" and name in DTYPES else _PLAIN_NAMES.get((module, name))
+    return DtypeName(name) if module == "torch" and name in DTYPES else _PLAIN_NAMES.get((module, name))

@@ -67,8 +67,9 @@ class SpanTensor:
         return math.prod(self.shape) * self.itemsize
 
     def bands(self, band_bytes: int) -> Iterator[tuple[int, int]]:
-        """Row ranges of at most `band_bytes` (at least one row) that cover the tensor in order."""
-        rows_at_once = max(1, band_bytes // max(1, self.columns * self.itemsize))
+        """Row ranges that take at most `band_bytes` here and in the files (at least one row), and cover the tensor in order."""
+        widest = max((span.row_stride for span in self.spans), default=0)
+        rows_at_once = max(1, band_bytes // max(1, self.columns * self.itemsize, widest))
         for row0 in range(0, self.rows, rows_at_once):
             yield row0, min(row0 + rows_at_once, self.rows)
 

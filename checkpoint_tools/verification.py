@@ -21,8 +21,8 @@ from checkpoint_tools.manifest import Manifest
 from checkpoint_tools.megatron_source import open_megatron
 from checkpoint_tools.model_check import check_model
 from checkpoint_tools.progress import progress_bar
+from checkpoint_tools.readers import open_reader
 from checkpoint_tools.spans import SpanTensor, whole_span
-from checkpoint_tools.torch_dist import TorchDistReader
 from checkpoint_tools.worker_pool import Pool, run_tasks
 from dapo_megatron.launcher.run_folder import actor_digests
 from dapo_megatron.types import CheckpointError, MappingError
@@ -74,16 +74,18 @@ class Verdict:
     comparisons: Mapping[str, Comparison]
 
 
-def open_sides(a: Path, b: Path, hf_config: Path | None) -> tuple[Side, Side]:
+def open_sides(a: Path, b: Path, hf_config: Path | None, max_memory: int, num_workers: int | None) -> tuple[Side, Side]:
     """Find both; a Megatron side that does not know its model takes the config.json of the other."""
     places = locate(a), locate(b)
     for place in places:
-        place.require("hf", "torch_dist")
+        place.require("hf", "torch_dist", "legacy")
     known = [hf_config, *(place.hf_dir for place in places)]
     fallback = next((folder for folder in known if folder is not None), None)
     raw = all(place.kind == "hf" for place in places)
     first, second = (
-        _open_hf(place, raw) if place.kind == "hf" else _open_megatron_side(place, hf_config or place.hf_dir or fallback)
+        _open_hf(place, raw)
+        if place.kind == "hf"
+        else _open_megatron_side(place, hf_config or place.hf_dir or fallback, max_memory, num_workers)
         for place in places
     )
     return first, second
@@ -132,7 +134,7 @@ def compare(a: Side, b: Side, pool: Pool) -> Verdict:
 
 def run(options: Options) -> bool:
     """The command; whether the two are equal. Prints a report, or one JSON object."""
-    a, b = open_sides(options.a, options.b, options.hf_config)
+    a, b = open_sides(options.a, options.b, options.hf_config, options.max_memory, options.num_workers)
     if options.logits:
         check_size(max(_num_elements(side) for side in (a, b)))
     num_bytes = sum(CompareTask(name, rows, rows).num_bytes // 2 for side in (a, b) for name, rows in side.tensors.items())
@@ -162,10 +164,10 @@ def _num_elements(side: Side) -> int:
     return sum(math.prod(rows.shape) for rows in side.tensors.values())
 
 
-def _open_megatron_side(place: Place, hf_dir: Path | None) -> Side:
+def _open_megatron_side(place: Place, hf_dir: Path | None, max_memory: int, num_workers: int | None) -> Side:
     hf_config = place.hf_config(hf_dir)
     assert hf_dir is not None  # or hf_config would have raised
-    with TorchDistReader(place.weights) as reader:
+    with open_reader(place, max_memory, num_workers) as reader:
         check_model(place, reader, hf_config, hf_dir)
         source = open_megatron(reader, compile_mapping(hf_config))
     manifest = place.manifest()

@@ -19,6 +19,7 @@ import torch
 
 from dapo_megatron.config.schema import Config
 from tests.distributed import programs
+from tests.distributed.nominal_ranks import rank_of
 from tests.distributed.ranks import run_ranks
 from tests.tiny_models import FAMILIES, MOE_FAMILIES, SIZES
 
@@ -102,29 +103,13 @@ def _one_rank(
 
     Names are (key, leading index, leading axes), by whether megatron-core was left to stack layers.
     """
-    import torch.distributed as dist
     from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from dapo_megatron.actor.live_weights import live_boxes
-    from dapo_megatron.actor.policy import build_modules
-    from dapo_megatron.models.architecture import Architecture
     from dapo_megatron.weights.plan import import_plan, padding_slices
 
     actor = layout.actor
-    dist.init_process_group("fake", rank=rank, world_size=actor.world_size, store=FakeStore())
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=actor.tensor_parallel_size,
-        pipeline_model_parallel_size=actor.pipeline_parallel_size,
-        virtual_pipeline_model_parallel_size=actor.virtual_pipeline_size,
-        expert_model_parallel_size=actor.expert_parallel_size,
-        expert_tensor_parallel_size=actor.expert_tensor_parallel_size,
-        create_gloo_process_groups=False,
-    )
-    model_parallel_cuda_manual_seed(0)
-    try:
-        modules, _ = build_modules(Architecture.from_hf(hf_config), layout, torch.device("cpu"))
+    with rank_of(layout, rank) as modules:
         live = live_boxes(modules)
         for item in live:
             item.data.fill_(-1)
@@ -147,9 +132,6 @@ def _one_rank(
                     wrong.append(name)
         keys = {stacked: _checkpoint_names(modules, stacked) for stacked in (True, False)}
         return [item.box for item in live if item.is_owner], wrong, keys
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
 
 
 def _checkpoint_names(modules: list[Any], stacked: bool) -> set[Any]:

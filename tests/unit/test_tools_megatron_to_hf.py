@@ -357,7 +357,7 @@ def test_other_formats_are_sent_to_their_command(tool: Tool, tmp_path: Path, hf_
     legacy = tmp_path / "legacy"
     (legacy / "iter_0000005" / "mp_rank_00").mkdir(parents=True)
     (legacy / "latest_checkpointed_iteration.txt").write_text("5\n")
-    assert "is a legacy mp_rank_* checkpoint" in tool("megatron-to-hf", legacy, tmp_path / "out").error
+    assert "lacks" in tool("megatron-to-hf", legacy, tmp_path / "out", "--hf-config", hf_dir).error
 
 
 def test_an_existing_directory_is_kept_unless_force_is_given(tool: Tool, tmp_path: Path, hf_dir: Path, checkpoint: Path):
