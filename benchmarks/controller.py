@@ -41,7 +41,8 @@ from dapo_megatron.launcher.identity import RunIdentity
 from dapo_megatron.launcher.run_folder import RunFolder
 from dapo_megatron.rewards.workers import RewardWorkers
 from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult, SamplingParams
-from dapo_megatron.rollout.sampler import Sampler, SamplerRules
+from dapo_megatron.rollout.sampler import SamplerRules
+from dapo_megatron.rollout.wave_sampler import WaveSampler
 from dapo_megatron.types import Prompt, Sample, TrainBatch
 from dapo_megatron.weights.file_digest import FileDigest
 
@@ -223,7 +224,7 @@ async def run(config: Config, messages: Sequence[Message], speed_up: float) -> t
             config,
             actor=actor,
             engines=engines,
-            sampler=Sampler(engines, scorer, stream, rules),
+            sampler=WaveSampler(engines, scorer, stream, rules),
             prompts=stream,
             folder=folder,
             report=report,

@@ -126,7 +126,7 @@ def run_ours(setting: Setting, folder: Path, turns: Connection, backend_name: st
     from dapo_megatron.launcher.identity import identity_of
     from dapo_megatron.launcher.run_folder import RunFolder
     from dapo_megatron.rewards.workers import RewardWorkers
-    from dapo_megatron.rollout.sampler import Sampler
+    from dapo_megatron.rollout.wave_sampler import WaveSampler
     from dapo_megatron.train import load_tokenizer, sampler_rules
 
     config = run_config(setting, folder, backend_name)
@@ -146,7 +146,7 @@ def run_ours(setting: Setting, folder: Path, turns: Connection, backend_name: st
     async def drive() -> None:
         async with RewardWorkers(config.reward) as scorer:
             await scorer.wait_ready()
-            sampler = Sampler(processes.engines, scorer, prompts, rules)
+            sampler = WaveSampler(processes.engines, scorer, prompts, rules)
             controller = Controller(
                 config,
                 actor=processes.actor,

@@ -182,7 +182,6 @@ def _train_once(
     from dapo_megatron.eval.measure import Protocol, held_out_metrics
     from dapo_megatron.launcher.backends import backend
     from dapo_megatron.launcher.controller import Controller
-    from dapo_megatron.rollout.sampler import Sampler
 
     state = read_state(start) if start else None
     done = state.num_steps if state else 0
@@ -211,7 +210,7 @@ def _train_once(
             async with RewardWorkers(config.reward) as scorer:
                 await scorer.wait_ready()
                 rules = sampler_rules(config)
-                sampler = Sampler(processes.engines, scorer, stream, rules, state.sampler if state else None)
+                sampler = sampler_type(config)(processes.engines, scorer, stream, rules, state.sampler if state else None)
                 protocol = Protocol.of(config, rules.params.stop_token_ids)
                 evaluate = partial(held_out_metrics, processes.engines, scorer, held_out.prompts, protocol) if held_out else None
                 controller = Controller(
@@ -232,6 +231,17 @@ def _train_once(
         screen.finish(folder.path, tensorboard=config.metrics.tensorboard)
 
 
+def sampler_type(config: Config) -> Any:
+    """The class behind `rollout.sampler`."""
+    if config.rollout.sampler == "streaming":
+        from dapo_megatron.rollout.streaming_sampler import StreamingSampler
+
+        return StreamingSampler
+    from dapo_megatron.rollout.wave_sampler import WaveSampler
+
+    return WaveSampler
+
+
 def sampler_rules(config: Config) -> Any:
     """The part of the config that decides how a step is sampled."""
     from dapo_megatron.rollout.engine import SamplingParams
@@ -248,8 +258,13 @@ def sampler_rules(config: Config) -> Any:
         ),
         seed=config.run.seed,
         dynamic_sampling=config.algo.dynamic_sampling,
+        accuracy_min=config.algo.accuracy_min,
+        accuracy_max=config.algo.accuracy_max,
         max_over_sampling=config.rollout.max_over_sampling,
+        on_limit=config.rollout.on_limit,
         max_staleness=config.rollout.max_staleness,
+        in_flight_margin=config.rollout.in_flight_margin,
+        partial_rollout=config.rollout.partial_rollout,
     )
 
 

@@ -223,6 +223,10 @@ class EngineLostError(EngineError):
         return type(self), (str(self), self.endpoint)
 
 
+class SignalError(DapoMegatronError):
+    """Too few groups carry a learning signal, and the config asks to stop then."""
+
+
 class NumericsError(DapoMegatronError):
     """A loss or gradient is not finite; the weights of this process must not be used any more."""
 

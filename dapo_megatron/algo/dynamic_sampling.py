@@ -10,3 +10,8 @@ def has_learning_signal(accuracy: float) -> bool:
     rewards, and keeping it would train on nothing but response length.
     """
     return 0 < accuracy < 1
+
+
+def is_in_band(accuracy: float, accuracy_min: float, accuracy_max: float) -> bool:
+    """Whether a group with signal is also neither too hard nor too easy: accuracy_min <= accuracy <= accuracy_max."""
+    return accuracy_min <= accuracy <= accuracy_max

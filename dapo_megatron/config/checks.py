@@ -223,10 +223,32 @@ def _step_sizes(config: Config) -> Iterator[str]:
             f"train.num_updates_per_rollout ({train.num_updates_per_rollout}) must not exceed train.num_prompts_per_step "
             f"({train.num_prompts_per_step}): every optimizer step needs a group; use at most {train.num_prompts_per_step}."
         )
+    if rollout.sampler == "waves":
+        for name, value in (("partial_rollout", rollout.partial_rollout), ("in_flight_margin", rollout.in_flight_margin)):
+            if value:
+                yield f"rollout.{name} ({value}) has no effect with rollout.sampler waves; use rollout.sampler streaming or remove it."
+    if rollout.partial_rollout and not rollout.max_staleness:
+        yield (
+            "rollout.partial_rollout needs rollout.max_staleness of at least 1 (now 0): a group that goes on has tokens of older weights; "
+            "use 1, or more where responses span several steps."
+        )
+    yield from _band(config)
     if config.algo.overlong_cache_tokens >= rollout.max_response_tokens:
         yield (
             f"algo.overlong_cache_tokens ({config.algo.overlong_cache_tokens}) must be less than rollout.max_response_tokens "
             f"({rollout.max_response_tokens}); use about a fifth of it, or 0 to switch the penalty off."
+        )
+
+
+def _band(config: Config) -> Iterator[str]:
+    algo, num_samples = config.algo, config.train.num_samples_per_prompt
+    band = f"algo.accuracy_min ({algo.accuracy_min:g}) and algo.accuracy_max ({algo.accuracy_max:g})"
+    if (algo.accuracy_min, algo.accuracy_max) != (0, 1) and not algo.dynamic_sampling:
+        yield f"{band} have no effect without algo.dynamic_sampling; set it to true, or remove them."
+    elif not any(algo.accuracy_min <= correct / num_samples <= algo.accuracy_max for correct in range(1, num_samples)):
+        yield (
+            f"{band} leave no group: with train.num_samples_per_prompt {num_samples} an accuracy is a multiple of 1/{num_samples} "
+            "between 0 and 1; widen the band."
         )
 
 

@@ -108,6 +108,10 @@ class AlgoConfig(Section):
     """Divisor G (population) or G - 1 (sample, what the release computes)."""
     dynamic_sampling: bool = True
     """Drop groups whose accuracy is 0 or 1 and sample on until num_prompts_per_step are left."""
+    accuracy_min: float = Field(0.0, ge=0, lt=1)
+    """Dynamic sampling also drops groups whose accuracy is below this (too hard)."""
+    accuracy_max: float = Field(1.0, gt=0, le=1)
+    """Dynamic sampling also drops groups whose accuracy is above this (too easy)."""
     overlong_cache_tokens: int = Field(0, ge=0)
     """L_cache of soft overlong punishment (eq. 13): the penalty grows over the last so many tokens before max_response_tokens. 0: off."""
     overlong_filtering: bool = False
@@ -288,10 +292,20 @@ class RolloutConfig(Section):
     """Keep the k most likely tokens. None: all."""
     max_response_tokens: PositiveInt = 20480
     """Generation stops here (truncated). Paper: 20480."""
+    sampler: Literal["waves", "streaming"] = "waves"
+    """waves: as many prompts as the missing groups need, judged together; the same seed gives the same run. streaming: prompts all the
+    time, and the step ends with the group that fills it; faster, but which groups come first decides."""
+    in_flight_margin: float = Field(0.0, ge=0)
+    """streaming: share of groups in flight beyond what the running acceptance rate calls for."""
+    partial_rollout: bool = False
+    """streaming: groups that are unfinished when a step is full go on in the next, under the new weights. False: they start again."""
     max_over_sampling: float = Field(8.0, ge=1)
-    """Groups generated for one step, in multiples of num_prompts_per_step; at the limit the step is smaller, with a warning."""
+    """Groups generated for one step, in multiples of num_prompts_per_step."""
+    on_limit: Literal["smaller_step", "error"] = "smaller_step"
+    """At that limit the step is smaller, with a warning, or the run ends with an error."""
     max_staleness: int = Field(1, ge=0)
-    """A surplus group may be trained on when its tokens are at most so many weight versions old."""
+    """A group may be trained on when its oldest token is at most so many weight versions old: surplus and partial groups, and all
+    with train.rollout_lag."""
     weight_bucket_mib: PositiveInt = 512
     """Size of one piece of the weight sync, in MiB."""
 

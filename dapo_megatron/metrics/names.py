@@ -39,13 +39,24 @@ _TABLE = (
     Metric("rollout/num_groups_kept", "groups", "sum", "groups trained on in this step"),
     Metric("rollout/num_groups_all_correct", "groups", "sum", "groups dropped because every sample is correct"),
     Metric("rollout/num_groups_all_wrong", "groups", "sum", "groups dropped because no sample is correct"),
+    Metric(
+        "rollout/num_groups_out_of_band", "groups", "sum", "groups dropped for an accuracy outside accuracy_min .. accuracy_max"
+    ),
     Metric("rollout/num_groups_surplus", "groups", "value", "groups with signal held over for the next step"),
     Metric("rollout/num_groups_stale", "groups", "sum", "held-over groups dropped because their weights are too old"),
+    Metric("rollout/num_groups_unfinished", "groups", "value", "groups the next step goes on with, or asks again"),
     Metric("rollout/num_tokens_generated", "tokens", "sum", "response tokens generated in this step"),
     Metric("rollout/num_tokens_used", "tokens", "sum", "response tokens of the groups trained on"),
     Metric("rollout/num_tokens_zero_variance", "tokens", "sum", "response tokens of groups dropped as all correct or all wrong"),
+    Metric("rollout/num_tokens_out_of_band", "tokens", "sum", "response tokens of groups dropped as out of band"),
     Metric("rollout/num_tokens_surplus", "tokens", "value", "response tokens of the groups held over"),
-    Metric("rollout/num_tokens_stale", "tokens", "sum", "response tokens of groups dropped as stale"),
+    Metric(
+        "rollout/num_tokens_stale", "tokens", "sum", "response tokens dropped as stale, of held-over and of unfinished groups"
+    ),
+    Metric("rollout/num_tokens_aborted", "tokens", "sum", "response tokens thrown away when the step was full"),
+    Metric(
+        "rollout/num_tokens_unfinished", "tokens", "value", "response tokens of unfinished groups that go on in the next step"
+    ),
     Metric("rollout/num_reward_errors", "samples", "sum", "verdicts that are defaults: time-out, killed worker, exception"),
     Metric("rollout/staleness_max", "weight versions", "max", "age of the oldest token trained on"),
     Metric("data/epoch", "epochs", "value", "passes over the prompts that are complete"),

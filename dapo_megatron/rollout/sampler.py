@@ -1,24 +1,25 @@
 """Dynamic sampling: generate groups until enough of them carry a learning signal (arXiv 2503.14476, section 3.2).
 
-A step is a row of waves. A wave is as many prompts as the missing groups need at the present acceptance rate. Its groups are
-scored as they complete, while others still generate; what is taken is decided when the wave is done, in the order of group
-ids. So the outcome is a function of seed, prompts and weights, and never of timing. Groups accepted beyond the need are the
-surplus: the next step takes them first, unless their tokens are too old by then.
+What all samplers share: which groups are accepted, what is held over to the next step, and the books. How groups come is
+`wave_sampler.py` (a function of seed, prompts and weights, never of timing) or `streaming_sampler.py` (as fast as the engines can).
+
+Groups accepted beyond the need are the surplus: the next step takes them first, unless their tokens are too old by then.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
-from dapo_megatron.algo.dynamic_sampling import has_learning_signal
+from dapo_megatron.algo.dynamic_sampling import has_learning_signal, is_in_band
 from dapo_megatron.rollout.engine import Generator, SamplingParams
-from dapo_megatron.rollout.groups import Scorer, generate_groups
-from dapo_megatron.rollout.sampler_stats import SamplerStats
-from dapo_megatron.types import EngineError, Prompt, RolloutGroup
+from dapo_megatron.rollout.groups import Scorer
+from dapo_megatron.rollout.sampler_stats import SamplerStats, StepLedger
+from dapo_megatron.types import EngineError, Prompt, RolloutGroup, Sample, SignalError
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +40,40 @@ class SamplerRules:
     seed: int
     dynamic_sampling: bool = True
     """False: every group is accepted."""
+    accuracy_min: float = 0.0
+    accuracy_max: float = 1.0
+    """Bounds, inclusive, on the accuracy of accepted groups, besides 0 < accuracy < 1."""
     max_over_sampling: float = 8.0
-    """Groups generated for one step, in multiples of the groups asked for."""
+    """Groups submitted for one step, in multiples of the groups asked for."""
+    on_limit: Literal["smaller_step", "error"] = "smaller_step"
+    """What follows when that limit ends a step before it is full."""
     max_staleness: int = 1
-    """How many weight versions old the oldest token of a surplus group may be."""
+    """How many weight versions older than the trained ones the oldest token of a group may be."""
+    lag: int = 0
+    """Weight versions between those that sample and those that are trained."""
+    in_flight_margin: float = 0.0
+    """Share of groups in flight beyond what the acceptance rate calls for; streaming only."""
+    partial_rollout: bool = False
+    """Whether a group that is unfinished when the step is full keeps its tokens for the next one; streaming only."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnfinishedGroup:
+    """A prompt that was submitted and not judged; `samples`, where there are any, hold what was generated of each sample."""
+
+    group_id: int
+    prompt: Prompt
+    samples: tuple[Sample, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Response tokens so far."""
+        return sum(len(sample.token_ids) for sample in self.samples)
+
+    @property
+    def oldest_weight_version(self) -> int | None:
+        """The oldest weights that produced any token; None without tokens."""
+        return min((int(s.weight_versions.min()) for s in self.samples if len(s.weight_versions)), default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +84,8 @@ class SamplerState:
     acceptance_rate: float = 1.0
     """Running share of generated groups that are accepted, in (0, 1]."""
     surplus: tuple[RolloutGroup, ...] = ()
+    unfinished: tuple[UnfinishedGroup, ...] = ()
+    """By rising group id; the next step goes on with them before it takes new prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +96,7 @@ class RolloutBatch:
     stats: SamplerStats
 
 
-class Sampler:
+class Sampler(ABC):
     """Collects the groups of each rollout step from the engines.
 
     An error of an engine or of the scorer ends the step and leaves the sampler unusable: go on from a checkpoint.
@@ -83,66 +116,80 @@ class Sampler:
         self._next_group_id = state.next_group_id
         self._acceptance_rate = state.acceptance_rate
         self._surplus = list(state.surplus)
+        self._unfinished = list(state.unfinished)
 
     def state(self) -> SamplerState:
         """As it is between two steps."""
-        return SamplerState(self._next_group_id, self._acceptance_rate, tuple(self._surplus))
+        return SamplerState(self._next_group_id, self._acceptance_rate, tuple(self._surplus), tuple(self._unfinished))
 
     async def collect(self, num_groups: int) -> RolloutBatch:
-        """`num_groups` groups that carry a signal or, at the limit of over-sampling, as many as there are (maybe none)."""
-        accepted, stale = self._split_surplus()
-        generated: list[RolloutGroup] = []
-        zero_variance: list[RolloutGroup] = []
-        limit = math.floor(self._rules.max_over_sampling * num_groups)
-        while len(accepted) < num_groups and len(generated) < limit:
-            wave = await self._generate(min(self._wave_size(num_groups - len(accepted)), limit - len(generated)))
-            accepted_before = len(accepted)
-            for group in wave:
-                (accepted if self._accepts(group) else zero_variance).append(group)
-            generated += wave
-            self._remember(len(accepted) - accepted_before, len(wave), num_groups)
+        """`num_groups` groups that carry a signal or, at the limit of over-sampling, as many as there are (maybe none).
 
-        batch, self._surplus = tuple(accepted[:num_groups]), accepted[num_groups:]
+        Raises SignalError there with `on_limit: error`.
+        """
+        step = StepLedger(num_wanted=num_groups, limit=math.floor(self._rules.max_over_sampling * num_groups))
+        self._drop_stale(step)
+        await self._fill(step)
+        batch, self._surplus = step.accepted[:num_groups], step.accepted[num_groups:]
         if len(batch) < num_groups:
-            logger.warning(
-                f"The step has {len(batch)} of {num_groups} groups: too few of {len(generated)} generated ones (the limit of "
-                f"rollout.max_over_sampling {self._rules.max_over_sampling:g}) have an accuracy between 0 and 1; "
-                "use prompts that the model solves sometimes, or raise the limit."
-            )
-        stats = SamplerStats.of(
-            generated=generated,
-            batch=batch,
-            zero_variance=zero_variance,
-            surplus=self._surplus,
-            stale=stale,
-            limit_reached=len(batch) < num_groups,
-        )
-        return RolloutBatch(batch, stats)
+            self._at_limit(step)
+        batch.sort(key=lambda group: group.group_id)
+        self._unfinished.sort(key=lambda group: group.group_id)
+        stats = step.stats(batch, self._surplus, [group.num_tokens for group in self._unfinished])
+        return RolloutBatch(tuple(batch), stats)
 
-    def _split_surplus(self) -> tuple[list[RolloutGroup], list[RolloutGroup]]:
-        """Surplus groups that may still be trained on, and those that are too old."""
+    @abstractmethod
+    async def _fill(self, step: StepLedger) -> None:
+        """Generate and judge groups until the step has what it wants, or has submitted as many as it may."""
+
+    def _drop_stale(self, step: StepLedger) -> None:
+        """Take the surplus that may still be trained on; an unfinished group with tokens that may not starts again."""
         versions = {engine.weight_version for engine in self._engines}
         if len(versions) != 1:
             raise EngineError(f"Engines hold weight versions {sorted(versions)}; send one version to all before collect().")
-        oldest_allowed = versions.pop() - self._rules.max_staleness
-        fresh = [group for group in self._surplus if group.oldest_weight_version >= oldest_allowed]
-        stale = [group for group in self._surplus if group.oldest_weight_version < oldest_allowed]
-        return fresh, stale
+        oldest_allowed = versions.pop() + self._rules.lag - self._rules.max_staleness
+        for group in self._surplus:
+            (step.accepted if group.oldest_weight_version >= oldest_allowed else step.stale).append(group)
+        for place, unfinished in enumerate(self._unfinished):
+            oldest = unfinished.oldest_weight_version
+            if oldest is not None and oldest < oldest_allowed:
+                step.num_tokens_stale_unfinished += unfinished.num_tokens
+                self._unfinished[place] = replace(unfinished, samples=())
 
-    def _wave_size(self, num_missing: int) -> int:
+    def _judge(self, group: RolloutGroup, step: StepLedger) -> None:
+        rules = self._rules
+        step.judged.append(group)
+        if not rules.dynamic_sampling:
+            step.accepted.append(group)
+        elif not has_learning_signal(group.accuracy):
+            step.zero_variance.append(group)
+        elif not is_in_band(group.accuracy, rules.accuracy_min, rules.accuracy_max):
+            step.out_of_band.append(group)
+        else:
+            step.accepted.append(group)
+
+    def _num_needed(self, num_missing: int) -> int:
+        """Groups to generate so that, at the present rate, so many are accepted."""
         return math.ceil(num_missing / self._acceptance_rate) if self._rules.dynamic_sampling else num_missing
 
-    def _accepts(self, group: RolloutGroup) -> bool:
-        return not self._rules.dynamic_sampling or has_learning_signal(group.accuracy)
-
-    def _remember(self, num_accepted: int, num_generated: int, num_groups: int) -> None:
-        """Blend a wave into the acceptance rate; what was known before weighs as much as `num_groups` groups."""
-        rate = (num_groups * self._acceptance_rate + num_accepted) / (num_groups + num_generated)
+    def _remember(self, num_accepted: int, num_judged: int, num_groups: int) -> None:
+        """Blend what was judged into the acceptance rate; what was known before weighs as much as `num_groups` groups."""
+        rate = (num_groups * self._acceptance_rate + num_accepted) / (num_groups + num_judged)
         self._acceptance_rate = max(rate, 1 / self._rules.max_over_sampling)
 
-    async def _generate(self, num_prompts: int) -> list[RolloutGroup]:
-        first_id = self._next_group_id
-        self._next_group_id += num_prompts
-        prompts = {group_id: self._prompts.next() for group_id in range(first_id, self._next_group_id)}
+    def _new_group(self) -> UnfinishedGroup:
+        self._next_group_id += 1
+        return UnfinishedGroup(self._next_group_id - 1, self._prompts.next())
+
+    def _at_limit(self, step: StepLedger) -> None:
         rules = self._rules
-        return await generate_groups(self._engines, self._scorer, prompts, rules.num_samples_per_prompt, rules.params, rules.seed)
+        banded = (rules.accuracy_min, rules.accuracy_max) != (0, 1)
+        wanted = f"within {rules.accuracy_min:g} .. {rules.accuracy_max:g} and " if banded else ""
+        problem = (
+            f"The step has {len(step.accepted)} of {step.num_wanted} groups: too few of {len(step.judged)} generated ones (the limit of "
+            f"rollout.max_over_sampling {rules.max_over_sampling:g}) have an accuracy {wanted}between 0 and 1; "
+            "use prompts that the model solves sometimes, or raise the limit"
+        )
+        if rules.on_limit == "error":
+            raise SignalError(f"{problem}, or train on smaller steps with rollout.on_limit smaller_step.")
+        logger.warning(f"{problem}.")

@@ -14,7 +14,8 @@ from dapo_megatron.data.prompts import DataReport, PromptSet
 from dapo_megatron.eval.measure import Protocol, held_out_metrics
 from dapo_megatron.rollout.engine import SamplingParams
 from dapo_megatron.rollout.hf_engine import HfEngine
-from dapo_megatron.rollout.sampler import RolloutBatch, Sampler, SamplerRules
+from dapo_megatron.rollout.sampler import RolloutBatch, SamplerRules
+from dapo_megatron.rollout.wave_sampler import WaveSampler
 from dapo_megatron.types import Prompt, Score
 from tests.tiny_models import make_hf_model
 
@@ -41,7 +42,7 @@ async def collect(engine: HfEngine, *, evaluate: bool) -> list[RolloutBatch]:
     """Three rollout steps, with or without an evaluation after each."""
     stream = PromptStream(PromptSet(PROMPTS, DataReport(6, 0, 0, 0, ()), fingerprint="0"), seed=3, shuffle=True)
     rules = SamplerRules(num_samples_per_prompt=4, params=SamplingParams(max_response_tokens=5), seed=3)
-    sampler = Sampler([engine], Parity(), stream, rules)
+    sampler = WaveSampler([engine], Parity(), stream, rules)
     batches = []
     for _ in range(3):
         batches.append(await sampler.collect(2))

@@ -20,7 +20,8 @@ from dapo_megatron.launcher.identity import RunIdentity
 from dapo_megatron.launcher.recorded_batch import read_recorded
 from dapo_megatron.launcher.run_folder import RunFolder
 from dapo_megatron.rollout.engine import GenerateResult, SamplingParams
-from dapo_megatron.rollout.sampler import Sampler, SamplerRules
+from dapo_megatron.rollout.sampler import SamplerRules
+from dapo_megatron.rollout.wave_sampler import WaveSampler
 from dapo_megatron.types import CheckpointError, EngineError, LogProbError, Prompt, Sample, Score, TrainBatch
 from dapo_megatron.weights.file_digest import FileDigest
 
@@ -107,7 +108,7 @@ def make(
     folder = RunFolder(tmp_path)
     folder.create({})
     rules = SamplerRules(num_samples_per_prompt=2, params=SamplingParams(), seed=0, max_over_sampling=2)
-    sampler = Sampler([engine], Scorer(right), stream, rules)
+    sampler = WaveSampler([engine], Scorer(right), stream, rules)
     controller = Controller(
         config,
         actor=actor,

@@ -10,7 +10,8 @@ import pytest
 
 from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult, SamplingParams
 from dapo_megatron.rollout.groups import request_seed
-from dapo_megatron.rollout.sampler import Sampler, SamplerRules, SamplerState
+from dapo_megatron.rollout.sampler import SamplerRules, SamplerState
+from dapo_megatron.rollout.wave_sampler import WaveSampler
 from dapo_megatron.types import EngineError, Prompt, Sample, Score
 
 G = 4
@@ -68,7 +69,7 @@ def num_tokens(groups) -> int:
 
 
 async def test_only_groups_with_mixed_accuracy_are_kept_in_the_order_of_group_ids():
-    sampler = Sampler([FakeEngine()], FakeScorer(), Prompts([0, 1, 4, 2, 3]), rules())
+    sampler = WaveSampler([FakeEngine()], FakeScorer(), Prompts([0, 1, 4, 2, 3]), rules())
     batch = await sampler.collect(6)
     assert [0 < group.accuracy < 1 for group in batch.groups] == [True] * 6
     assert [group.group_id for group in batch.groups] == [1, 3, 4, 6, 8, 9]
@@ -76,7 +77,7 @@ async def test_only_groups_with_mixed_accuracy_are_kept_in_the_order_of_group_id
 
 
 async def test_all_correct_group_is_dropped_although_its_shaped_rewards_differ():
-    sampler = Sampler([FakeEngine()], FakeScorer(), Prompts([4, 2]), rules())
+    sampler = WaveSampler([FakeEngine()], FakeScorer(), Prompts([4, 2]), rules())
     batch = await sampler.collect(3)
     assert {group.accuracy for group in batch.groups} == {0.5}
     assert batch.stats.num_groups_all_correct == batch.stats.num_groups_zero_variance > 0
@@ -84,7 +85,7 @@ async def test_all_correct_group_is_dropped_although_its_shaped_rewards_differ()
 
 @pytest.mark.parametrize(("num_correct", "counter"), [(4, "num_groups_all_correct"), (0, "num_groups_all_wrong")])
 async def test_data_without_signal_ends_in_an_empty_step_with_a_warning(num_correct, counter, caplog):
-    sampler = Sampler([FakeEngine()], FakeScorer(), Prompts([num_correct]), rules(max_over_sampling=2.5))
+    sampler = WaveSampler([FakeEngine()], FakeScorer(), Prompts([num_correct]), rules(max_over_sampling=2.5))
     batch = await sampler.collect(4)
     assert batch.groups == ()
     assert batch.stats.limit_reached
@@ -93,7 +94,7 @@ async def test_data_without_signal_ends_in_an_empty_step_with_a_warning(num_corr
 
 
 async def test_scarce_signal_ends_in_a_smaller_step(caplog):
-    sampler = Sampler([FakeEngine()], FakeScorer(), Prompts([0] * 9 + [1]), rules(max_over_sampling=5))
+    sampler = WaveSampler([FakeEngine()], FakeScorer(), Prompts([0] * 9 + [1]), rules(max_over_sampling=5))
     batch = await sampler.collect(4)
     assert [group.group_id for group in batch.groups] == [9, 19]
     assert batch.stats.num_groups_generated == 20
@@ -103,7 +104,7 @@ async def test_scarce_signal_ends_in_a_smaller_step(caplog):
 async def test_without_dynamic_sampling_every_group_is_kept_and_none_generated_in_vain():
     engine = FakeEngine()
     state = SamplerState(acceptance_rate=0.25)
-    sampler = Sampler([engine], FakeScorer(), Prompts([0, 4, 2]), rules(dynamic_sampling=False), state)
+    sampler = WaveSampler([engine], FakeScorer(), Prompts([0, 4, 2]), rules(dynamic_sampling=False), state)
     batch = await sampler.collect(3)
     assert [group.accuracy for group in batch.groups] == [0, 1, 0.5]
     assert (batch.stats.num_groups_generated, len(engine.calls)) == (3, 1)
@@ -114,7 +115,7 @@ async def test_without_dynamic_sampling_every_group_is_kept_and_none_generated_i
 @pytest.mark.parametrize("num_engines", [1, 2, 3])
 async def test_order_of_completion_does_not_change_the_outcome(num_engines):
     async def run(order) -> tuple:
-        sampler = Sampler([FakeEngine(order) for _ in range(num_engines)], FakeScorer(), Prompts([0, 1, 2, 4, 3, 4]), rules())
+        sampler = WaveSampler([FakeEngine(order) for _ in range(num_engines)], FakeScorer(), Prompts([0, 1, 2, 4, 3, 4]), rules())
         return [await sampler.collect(5) for _ in range(3)], sampler.state()
 
     assert await run(lambda request: request.request_id) == await run(lambda request: -request.request_id)
@@ -123,7 +124,7 @@ async def test_order_of_completion_does_not_change_the_outcome(num_engines):
 async def test_number_of_engines_does_not_change_what_a_sample_is_drawn_from():
     async def requests(num_engines: int) -> list[GenerateRequest]:
         engines = [FakeEngine() for _ in range(num_engines)]
-        await Sampler(engines, FakeScorer(), Prompts([0, 1]), rules()).collect(4)
+        await WaveSampler(engines, FakeScorer(), Prompts([0, 1]), rules()).collect(4)
         return sorted((r for engine in engines for call in engine.calls for r in call), key=lambda r: r.request_id)
 
     assert await requests(1) == await requests(3)
@@ -131,12 +132,12 @@ async def test_number_of_engines_does_not_change_what_a_sample_is_drawn_from():
 
 async def test_groups_are_dealt_to_engines_in_turn():
     engines = [FakeEngine(), FakeEngine()]
-    await Sampler(engines, FakeScorer(), Prompts([1]), rules()).collect(5)
+    await WaveSampler(engines, FakeScorer(), Prompts([1]), rules()).collect(5)
     assert [[request.request_id for request in engine.calls[0]] for engine in engines] == [[0, 2, 4], [1, 3]]
 
 
 async def test_surplus_is_used_first_and_leaves_less_to_generate():
-    sampler = Sampler([FakeEngine()], FakeScorer(), Prompts([1]), rules(), SamplerState(acceptance_rate=0.5))
+    sampler = WaveSampler([FakeEngine()], FakeScorer(), Prompts([1]), rules(), SamplerState(acceptance_rate=0.5))
     first = await sampler.collect(4)
     assert [group.group_id for group in sampler.state().surplus] == [4, 5, 6, 7]
     second = await sampler.collect(6)
@@ -145,7 +146,7 @@ async def test_surplus_is_used_first_and_leaves_less_to_generate():
 
 
 async def test_step_filled_by_surplus_alone_has_no_means():
-    sampler = Sampler([FakeEngine()], FakeScorer(), Prompts([1]), rules(), SamplerState(acceptance_rate=0.5))
+    sampler = WaveSampler([FakeEngine()], FakeScorer(), Prompts([1]), rules(), SamplerState(acceptance_rate=0.5))
     await sampler.collect(4)
     stats = (await sampler.collect(3)).stats
     assert (stats.num_groups_generated, stats.num_groups_surplus_used, stats.num_groups_surplus_kept) == (0, 3, 1)
@@ -156,7 +157,7 @@ async def test_step_filled_by_surplus_alone_has_no_means():
 async def test_surplus_older_than_max_staleness_is_dropped(max_staleness, num_updates, num_stale):
     engine = FakeEngine(weight_version=7)
     state = SamplerState(acceptance_rate=0.5)
-    sampler = Sampler([engine], FakeScorer(), Prompts([1]), rules(max_staleness=max_staleness), state)
+    sampler = WaveSampler([engine], FakeScorer(), Prompts([1]), rules(max_staleness=max_staleness), state)
     await sampler.collect(4)
     engine.weight_version += num_updates
     batch = await sampler.collect(4)
@@ -166,7 +167,7 @@ async def test_surplus_older_than_max_staleness_is_dropped(max_staleness, num_up
 
 async def test_every_group_and_token_is_accounted_for():
     engines = [FakeEngine(), FakeEngine()]
-    sampler = Sampler(engines, FakeScorer(), Prompts([0, 1, 1, 4, 2, 0, 3]), rules(max_staleness=0), SamplerState(0, 0.3))
+    sampler = WaveSampler(engines, FakeScorer(), Prompts([0, 1, 1, 4, 2, 0, 3]), rules(max_staleness=0), SamplerState(0, 0.3))
     num_groups_before = num_tokens_before = 0
     for step in range(8):
         batch = await sampler.collect(5)
@@ -185,7 +186,7 @@ async def test_every_group_and_token_is_accounted_for():
 
 
 async def test_means_are_over_all_generated_groups_not_over_those_kept():
-    stats = (await Sampler([FakeEngine()], FakeScorer(), Prompts([4, 4, 1, 4], "slow"), rules()).collect(2)).stats
+    stats = (await WaveSampler([FakeEngine()], FakeScorer(), Prompts([4, 4, 1, 4], "slow"), rules()).collect(2)).stats
     assert stats.num_groups_generated > stats.num_groups_kept == 2
     num_correct = sum([4, 4, 1, 4][index % 4] for index in range(stats.num_groups_generated))
     assert stats.accuracy == pytest.approx(num_correct / (G * stats.num_groups_generated))
@@ -197,7 +198,7 @@ async def test_means_are_over_all_generated_groups_not_over_those_kept():
 
 async def test_acceptance_rate_makes_later_waves_fit_the_need():
     engine = FakeEngine()
-    sampler = Sampler([engine], FakeScorer(), Prompts([0, 0, 0, 1]), rules(max_over_sampling=100))
+    sampler = WaveSampler([engine], FakeScorer(), Prompts([0, 0, 0, 1]), rules(max_over_sampling=100))
     for _ in range(12):
         await sampler.collect(8)
     assert sampler.state().acceptance_rate == pytest.approx(0.25, abs=0.06)
@@ -208,13 +209,13 @@ async def test_acceptance_rate_makes_later_waves_fit_the_need():
 
 async def test_restored_sampler_goes_on_like_the_one_that_was_saved():
     prompts = Prompts([0, 1, 4, 2, 3, 4])
-    sampler = Sampler([FakeEngine()], FakeScorer(), prompts, rules(), SamplerState(acceptance_rate=0.3))
+    sampler = WaveSampler([FakeEngine()], FakeScorer(), prompts, rules(), SamplerState(acceptance_rate=0.3))
     await sampler.collect(3)
     state = pickle.loads(pickle.dumps(sampler.state()))
     assert state.surplus
     restored_prompts = Prompts(prompts.num_correct)
     restored_prompts.position = prompts.position
-    restored = Sampler([FakeEngine()], FakeScorer(), restored_prompts, rules(), state)
+    restored = WaveSampler([FakeEngine()], FakeScorer(), restored_prompts, rules(), state)
     assert [await restored.collect(3) for _ in range(3)] == [await sampler.collect(3) for _ in range(3)]
     assert restored.state() == sampler.state()
 
@@ -238,7 +239,7 @@ async def test_groups_are_scored_while_others_still_generate():
             events.append(("scored", None))
             return await super().score(responses, answer)
 
-    await Sampler([SlowEngine()], LoggingScorer(), Prompts([1]), rules()).collect(3)
+    await WaveSampler([SlowEngine()], LoggingScorer(), Prompts([1]), rules()).collect(3)
     assert events.index(("scored", None)) < events.index(("generated", 2))
 
 
@@ -263,7 +264,7 @@ async def test_error_of_an_engine_ends_the_step_as_it_is_and_stops_the_other_eng
                 closed.append(True)
 
     with pytest.raises(EngineError, match="engine 1 is gone"):
-        await Sampler([EndlessEngine(), DyingEngine()], FakeScorer(), Prompts([1]), rules()).collect(4)
+        await WaveSampler([EndlessEngine(), DyingEngine()], FakeScorer(), Prompts([1]), rules()).collect(4)
     assert closed == [True]
 
 
@@ -276,13 +277,13 @@ async def test_request_that_an_engine_leaves_out_is_an_error():
                 yield result
 
     with pytest.raises(EngineError, match="left out 1 of 4 requests, first 0"):
-        await Sampler([ForgetfulEngine()], FakeScorer(), Prompts([1]), rules()).collect(4)
+        await WaveSampler([ForgetfulEngine()], FakeScorer(), Prompts([1]), rules()).collect(4)
 
 
 async def test_engines_with_different_weights_are_refused():
     engines = [FakeEngine(weight_version=1), FakeEngine(weight_version=2)]
     with pytest.raises(EngineError, match=r"weight versions \[1, 2\]"):
-        await Sampler(engines, FakeScorer(), Prompts([1]), rules()).collect(1)
+        await WaveSampler(engines, FakeScorer(), Prompts([1]), rules()).collect(1)
 
 
 def test_request_seeds_are_stable_and_distinct():
