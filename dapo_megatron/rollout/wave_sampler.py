@@ -16,8 +16,8 @@ class WaveSampler(Sampler):
     """`rollout.sampler: waves`."""
 
     async def _fill(self, step: StepLedger) -> None:
-        for group in self._unfinished:  # of a run that streamed before
-            step.num_tokens_aborted += group.num_tokens
+        for unfinished in self._unfinished:  # of a run that streamed before
+            step.num_tokens_aborted += unfinished.num_tokens
         self._unfinished.clear()
         while step.num_missing and len(step.judged) < step.limit:
             wave = await self._generate(min(self._num_needed(step.num_missing), step.limit - len(step.judged)))
