@@ -263,6 +263,7 @@ def sampler_rules(config: Config) -> Any:
         max_over_sampling=config.rollout.max_over_sampling,
         on_limit=config.rollout.on_limit,
         max_staleness=config.rollout.max_staleness,
+        lag=config.train.rollout_lag,
         in_flight_margin=config.rollout.in_flight_margin,
         partial_rollout=config.rollout.partial_rollout,
     )

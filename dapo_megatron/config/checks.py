@@ -90,6 +90,7 @@ def check_config(
         *_step_sizes(config),
         *_rewards(config),
         *_log_probs(config),
+        *_rollout_lag(config),
         *_layout(config),
         *_one_process(config),
         *_servers(config),
@@ -287,6 +288,24 @@ def _log_probs(config: Config) -> Iterator[str]:
         yield (
             f"algo.tis_clip needs rollout.top_p 1 and no rollout.top_k (now {rollout.top_p:g} and {rollout.top_k}): a truncated "
             "distribution has other log-probs than the actor's; set algo.tis_clip to null, or sample without truncation."
+        )
+
+
+def _rollout_lag(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    if not config.train.rollout_lag:
+        return
+    if not rollout.max_staleness:
+        yield "train.rollout_lag 1 needs rollout.max_staleness of at least 1 (now 0): every token is one version old; use 1 or more."
+    if rollout.top_p < 1 or rollout.top_k is not None:
+        yield (
+            f"train.rollout_lag 1 needs rollout.top_p 1 and no rollout.top_k (now {rollout.top_p:g} and {rollout.top_k}): importance "
+            "ratios against older weights need the engine's whole distribution; sample without truncation, or use train.rollout_lag 0."
+        )
+    if config.cluster.backend == "ray" and config.cluster.placement == "colocated":
+        yield (
+            "train.rollout_lag 1 needs cluster.placement split (now colocated): engines sample while the actor trains, on devices of "
+            "their own; use split, or train.rollout_lag 0."
         )
 
 

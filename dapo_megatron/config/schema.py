@@ -136,6 +136,9 @@ class TrainConfig(Section):
     """G, samples per prompt. Paper: 16."""
     num_updates_per_rollout: PositiveInt = 16
     """Optimizer steps per rollout step. Paper: 16."""
+    rollout_lag: Literal[0, 1] = 0
+    """0: sample with the weights about to be trained. 1: the engines sample for the next step while this one trains, with weights one
+    version older; algo.tis_clip corrects for it."""
     stop_at_accuracy: float | None = Field(None, gt=0, le=1)
     """End the run when the mean rollout/accuracy of the last 10 steps reaches this."""
     record_batch_of_step: PositiveInt | None = None

@@ -7,8 +7,8 @@ The map of the system:
                         │ weights, version k + 1, fingerprints checked                  v
                      engines <── buckets in HF layout <── actor ranks (old log-probs, optimizer steps)
 
-Rollout step k (from 0) samples with weight version k and leaves version k + 1. Which engine, one machine or a cluster is decided by
-the handles passed in; the loop is the same.
+Rollout step k (from 0) samples with weight version k and leaves version k + 1. With `train.rollout_lag: 1` the engines sample for step k + 1,
+with version k, while step k trains. Which engine, one machine or a cluster is decided by the handles passed in; the loop is the same.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from dapo_megatron.launcher.checkpoint_saver import STATE_FILE, CheckpointSaver
 from dapo_megatron.launcher.identity import RunIdentity
 from dapo_megatron.launcher.log_prob_alarm import LogProbAlarm
 from dapo_megatron.launcher.recorded_batch import record
+from dapo_megatron.launcher.rollouts import Rollouts
 from dapo_megatron.launcher.run_folder import ACTOR, PhaseNote, RunFolder, actor_digests, read_marker, require_complete
 from dapo_megatron.rollout.sampler import RolloutBatch, Sampler, SamplerState
 from dapo_megatron.types import CheckpointError, EngineError, TrainBatch
@@ -82,6 +83,8 @@ class ControllerState:
     recent_accuracy: tuple[float, ...]
     """Of the last rollout steps, for train.stop_at_accuracy."""
     identity: RunIdentity
+    rollout: RolloutBatch | None = None
+    """What the next step trains on, where it was sampled before (train.rollout_lag)."""
 
 
 _STATE = TypeAdapter(ControllerState)
@@ -126,47 +129,76 @@ class Controller:
         self._saver = CheckpointSaver(actor, folder, config.checkpoint)
         self._clock = PhaseClock(config.cluster.phase_deadline_seconds, self._note_phase)
         self._recent_accuracy = deque(state.recent_accuracy if state else (), maxlen=STOP_WINDOW)
+        self._rollouts = Rollouts(
+            lambda: sampler.collect(config.train.num_prompts_per_step), settled=state.rollout if state else None
+        )
+        self._version_sent: int | None = None
 
     async def run(self, start_from: Path | None = None) -> None:
         """Train to the end, from the HF weights or from a checkpoint."""
         if start_from is not None:
             await self._clock.run("load", self._load(start_from))
         await self._clock.run("sync", self._sync(self._num_steps_done))
-        last = self._config.train.num_rollout_steps
+        try:
+            await self._steps(self._config.train.num_rollout_steps, self._config.train.rollout_lag == 1)
+        finally:
+            await self._rollouts.cancel()
+        await self._saver.seal()  # only now: a sealed checkpoint says that the rows up to it are written
+
+    async def _steps(self, last: int, samples_ahead: bool) -> None:
         for step in range(self._num_steps_done, last):
             self._clock.start_step()
-            rollout = await self._clock.run("rollout", self._sampler.collect(self._config.train.num_prompts_per_step))
+            rollout = await self._clock.run("rollout", self._rollouts.take())
             batch = build_train_batch(rollout.groups, self._rules, seed=self._config.run.seed + step, weight_version=step)
             row = rollout_metrics(rollout, step, self._rules)
+            if samples_ahead and step + 1 < last:  # the engines go on, with the weights that are about to be trained
+                row |= await self._clock.run("sync", self._sync(step))
+                self._rollouts.begin()
             if self._config.train.record_batch_of_step == step + 1:
                 record(batch, self._folder.path, step + 1)
             if batch.optimizer_steps:  # no group with signal: nothing to learn, go on
                 row |= await self._clock.run("train", self._actor.train(batch, step))
                 self._alarm.check(row, step + 1)
             del rollout, batch  # else two steps' tokens are in memory while the next ones are generated
-            row["weights/sync_bytes"] = await self._clock.run("sync", self._sync(step + 1))
-            self._num_steps_done = step + 1
             done = step + 1 == last or self._accurate_enough(row)
-            if self._evaluate is not None and _is_due(self._config.eval.interval, step + 1, done):
+            evaluates = self._evaluate is not None and _is_due(self._config.eval.interval, step + 1, done)
+            if not samples_ahead or evaluates or done:
+                await self._clock.run("rollout", self._rollouts.settle())
+                row |= await self._clock.run("sync", self._sync(step + 1))
+            self._num_steps_done = step + 1
+            if self._evaluate is not None and evaluates:
                 row |= await self._clock.run("eval", self._evaluate())
             if self._config.checkpoint.every:
-                row |= await self._clock.run("save", self._save(done))
+                row |= await self._save(done)
             self._report(self._finished_row(row))
             if done:
                 break
-        await self._saver.seal()  # only now: a sealed checkpoint says that the rows up to it are written
 
-    async def _sync(self, version: int) -> int:
-        return await sync_weights(self._actor, self._engines, version)
+    async def _sync(self, version: int) -> dict[str, float]:
+        """Metrics of the sync; none where the engines hold that version already."""
+        if version == self._version_sent:
+            return {}
+        num_bytes = await sync_weights(self._actor, self._engines, version)
+        self._version_sent = version
+        return {"weights/sync_bytes": num_bytes}
 
     async def _save(self, done: bool) -> dict[str, float]:
         """Look after the save in flight, and begin one when it is time; the last one is waited for."""
         due = _is_due(self._config.checkpoint.every, self._num_steps_done, done)
+        settled = await self._clock.run("rollout", self._rollouts.settle()) if due else None
+        return await self._clock.run("save", self._collect_and_start(due, done, settled))
+
+    async def _collect_and_start(self, due: bool, done: bool, settled: RolloutBatch | None) -> dict[str, float]:
         row = await self._saver.collect(wait=due)
         await self._saver.seal()
         if due:
             state = ControllerState(
-                self._num_steps_done, self._sampler.state(), self._prompts.state(), tuple(self._recent_accuracy), self._identity
+                num_steps=self._num_steps_done,
+                sampler=self._sampler.state(),
+                prompts=self._prompts.state(),
+                recent_accuracy=tuple(self._recent_accuracy),
+                identity=self._identity,
+                rollout=settled,
             )
             await self._saver.start(self._num_steps_done, _STATE.dump_json(state))
         return row | await self._saver.collect(wait=True) if done else row
@@ -185,16 +217,18 @@ class Controller:
         return wanted is not None and full and sum(self._recent_accuracy) / STOP_WINDOW >= wanted
 
     def _finished_row(self, row: Mapping[str, float]) -> dict[str, float]:
-        seconds = self._clock.seconds()
+        seconds, rollout = self._clock.seconds(), self._rollouts.times_of_taken
         tokens = row["rollout/num_tokens_generated"]
         return {
             "rollout_step": self._num_steps_done,
             **row,
             **{f"time/{phase}_seconds": value for phase, value in seconds.items()},
-            "weights/version": self._num_steps_done,
+            "time/rollout_seconds": rollout.seconds,
+            "time/rollout_wait_seconds": rollout.waited_seconds,
+            "weights/version": self._version_sent or 0,
             "data/epoch": self._prompts.state().epoch,
             "throughput/tokens_per_second": tokens / seconds["step"],
-            "throughput/rollout_tokens_per_second": tokens / seconds["rollout"],
+            "throughput/rollout_tokens_per_second": tokens / rollout.seconds if rollout.seconds else 0.0,
             **(
                 {"throughput/train_tokens_per_second": row["actor/num_loss_tokens"] / seconds["train"]}
                 if "train" in seconds

@@ -93,6 +93,12 @@ _TABLE = (
     Metric("weights/version", "version", "value", "weights the engines hold after this step; grows by one per rollout step"),
     Metric("weights/sync_bytes", "bytes", "sum", "size of the weights sent to each engine"),
     Metric("time/rollout_seconds", "seconds", "sum", "generation, rewards and dynamic sampling"),
+    Metric(
+        "time/rollout_wait_seconds",
+        "seconds",
+        "sum",
+        "of these, what training waited for; the rest ran beside it (train.rollout_lag)",
+    ),
     Metric("time/train_seconds", "seconds", "sum", "old log-probs, forward, backward and optimizer"),
     Metric("time/sync_seconds", "seconds", "sum", "weights from actor to engines, fingerprints checked"),
     Metric("time/eval_seconds", "seconds", "sum", "held-out evaluation, in steps that evaluate"),

@@ -158,6 +158,15 @@ def test_server_arguments_are_those_of_sglang(load, name, words):
         ),
         (["--algo.accuracy_max=0.5", "--algo.dynamic_sampling=false"], "have no effect without algo.dynamic_sampling"),
         (["--algo.accuracy_min=0.4", "--algo.accuracy_max=0.3"], "(0.3) leave no group: with train.num_samples_per_prompt 16"),
+        (
+            ["--train.rollout_lag=1", "--cluster.placement=split", "--rollout.max_staleness=0"],
+            "train.rollout_lag 1 needs rollout.max_staleness of at least 1 (now 0)",
+        ),
+        (
+            ["--train.rollout_lag=1", "--cluster.placement=split", "--rollout.top_p=0.9"],
+            "train.rollout_lag 1 needs rollout.top_p 1",
+        ),
+        (["--train.rollout_lag=1"], "train.rollout_lag 1 needs cluster.placement split (now colocated)"),
         (["--run.max_restarts=1", "--checkpoint.every=0"], "run.max_restarts (1) needs checkpoints"),
         (["--run.max_restarts=1", "--checkpoint.resume=false"], "run.max_restarts (1) needs checkpoint.resume true"),
         (["--data.path=nowhere.jsonl"], "data.path (nowhere.jsonl) must be an existing file"),
