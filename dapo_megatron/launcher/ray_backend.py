@@ -12,9 +12,10 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,14 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dapo_megatron.actor.replayed import Replay
-from dapo_megatron.config.schema import Config, HfEngineConfig
+from dapo_megatron.config.fields import either
+from dapo_megatron.config.schema import Config, HfEngineConfig, SglangEngineConfig
 from dapo_megatron.launcher.backends import Ranks
+from dapo_megatron.launcher.server_process import ServerProcess
+from dapo_megatron.rollout.attached import Reattach, attach
 from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult
-from dapo_megatron.types import DapoMegatronError, EngineError, TrainBatch, WorkerDiedError
+from dapo_megatron.rollout.router import Decode, Router
+from dapo_megatron.types import DapoMegatronError, EngineEndpoint, EngineError, TrainBatch, WorkerDiedError
 from dapo_megatron.weights.file_digest import FileDigest
 from dapo_megatron.weights.sync import WeightBucket, WeightManifest
 
@@ -53,6 +58,10 @@ class RankProcess:
 
     def pid(self) -> int:
         return os.getpid()
+
+    def gpus(self) -> tuple[str, tuple[int, ...]]:
+        """Address of the node, and the GPUs of it that are this rank's."""
+        return ray.util.get_node_ip_address(), tuple(int(gpu) for gpu in ray.get_gpu_ids())
 
     def rendezvous(self) -> str:
         """An address on this process's node where ranks can meet."""
@@ -97,6 +106,19 @@ class RankProcess:
 
     def load_weights(self, directory: Path, digests: Mapping[str, FileDigest]) -> None:
         self._worker.load_weights(directory, digests)
+
+
+class ServerActor(ServerProcess):
+    """One SGLang server, held by a process on its node."""
+
+    def __init__(self, config: Config, index: int, log_file: Path):
+        _write_output_to(log_file)
+        super().__init__(config, index, log_file)
+
+    def start_here(self, gpu_ids: tuple[int, ...] | None) -> EngineEndpoint:
+        """`start` with the address and the device of this node."""
+        host = "127.0.0.1" if self._config.cluster.ray_address is None else ray.util.get_node_ip_address()
+        return self.start(host, "cuda" if gpu_ids or ray.get_gpu_ids() else "cpu", gpu_ids)
 
 
 class EngineProcess:
@@ -236,13 +258,44 @@ class RayEngine:
         """Take the next bucket or the manifest; the bytes of weights in it."""
         return await _call(self.process, self.process.handle.receive.remote(message))
 
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
+class RayServers:
+    """The processes that hold the SGLang servers of a run: where they stand, and how each is started again."""
+
+    def __init__(self, launch: Callable[[int], Process], num_engines: int):
+        """`launch` starts the process of an engine, by index."""
+        self._launch = launch
+        self.processes = [launch(index) for index in range(num_engines)]
+        self._gpu_ids: list[tuple[int, ...] | None] = [None] * num_engines
+
+    async def start(self, gpu_ids: Sequence[tuple[int, ...] | None]) -> list[EngineEndpoint]:
+        """All at once. The first error of one is raised."""
+        self._gpu_ids = list(gpu_ids)
+        return await call_each(self.processes, "start_here", [(ids,) for ids in gpu_ids])
+
+    async def restart(self, name: str) -> EngineEndpoint:
+        """Start a server again, in a new process where its own is gone. EngineError when it does not come up."""
+        index = next(i for i, process in enumerate(self.processes) if process.name == name)
+        try:
+            return (await call_each([self.processes[index]], "start_here", [(self._gpu_ids[index],)]))[0]
+        except WorkerDiedError:
+            self.processes[index] = self._launch(index)
+        try:
+            return (await call_each([self.processes[index]], "start_here", [(self._gpu_ids[index],)]))[0]
+        except WorkerDiedError as error:
+            raise EngineError(f"{name} cannot be started again: {error}") from error
+
 
 @dataclass(frozen=True, slots=True)
 class RayBackend:
     """The running processes."""
 
     actor: RayActor
-    engines: tuple[RayEngine, ...]
+    engines: tuple[RayEngine, ...] | tuple[Router]
+    """The embedded engines, or one router over all servers."""
 
 
 @contextmanager
@@ -279,8 +332,15 @@ def ray_backend(config: Config, logs: Path, ranks: Ranks = "training", *, num_en
     """
     num_ranks = 0 if ranks == "none" else config.actor.world_size
     num_engines = config.rollout.num_engines if num_engines is None else num_engines
-    group, bundles = _place(config, num_ranks, num_engines)
-    processes: list[Process] = []
+    settings = config.rollout.engine
+    attached = isinstance(settings, SglangEngineConfig) and bool(settings.engine_urls)
+    group, bundles = _place(config, num_ranks, 0 if attached else num_engines)
+
+    def launch(cls: type, index: int, *args: Any) -> Process:
+        return _start(cls, f"engine {index}", logs / f"engine_{index:03d}.log", group, bundles.of_engine(index), config, *args)
+
+    servers = engines = None
+    actor: list[Process] = []
     try:
         with tempfile.TemporaryDirectory() as folder:
             actor = [
@@ -295,39 +355,78 @@ def ray_backend(config: Config, logs: Path, ranks: Ranks = "training", *, num_en
                 )
                 for rank in range(num_ranks)
             ]
-            processes += actor
-            engines = [
-                _start(
-                    EngineProcess, f"engine {index}", logs / f"engine_{index:03d}.log", group, bundles.of_engine(index), config
-                )
-                for index in range(num_engines)
-            ]
-            processes += engines
-            data_parallel_ranks = asyncio.run(_bring_up(config, actor, engines, Path(folder), logs, frozen=ranks == "frozen"))
-        yield RayBackend(RayActor(actor, data_parallel_ranks), tuple(RayEngine(process) for process in engines))
+            if isinstance(settings, HfEngineConfig):
+                engines = [launch(EngineProcess, index) for index in range(num_engines)]
+                engines_up: Any = call_all(engines, "pid")
+            elif attached:
+                engines_up = attach(settings)
+            else:
+                servers = RayServers(lambda index: launch(ServerActor, index, index), num_engines)
+                engines_up = _start_servers(config, bundles, actor, servers)
+            starting = _bring_up(config, actor, engines_up, Path(folder), logs, frozen=ranks == "frozen")
+            data_parallel_ranks, endpoints = asyncio.run(starting)
+        handle = RayActor(actor, data_parallel_ranks)
+        if engines is not None:
+            yield RayBackend(handle, tuple(RayEngine(process) for process in engines))
+        else:
+            assert isinstance(settings, SglangEngineConfig)
+            restart = servers.restart if servers is not None else Reattach(endpoints)
+            yield RayBackend(handle, (Router(endpoints, settings, _decoder(config), restart=restart),))
     finally:
-        for process in processes:
+        for process in (*actor, *(engines or ()), *(servers.processes if servers else ())):
             ray.kill(process.handle)
         ray.util.remove_placement_group(group)
 
 
 async def _bring_up(
-    config: Config, ranks: Sequence[Process], engines: Sequence[Process], folder: Path, logs: Path, *, frozen: bool
-) -> list[int]:
-    """Ranks meet and load the model; engines load it meanwhile. Returns the data-parallel rank of each rank."""
+    config: Config, ranks: Sequence[Process], engines_up: Awaitable[Any], folder: Path, logs: Path, *, frozen: bool
+) -> tuple[list[int], Any]:
+    """Ranks meet and load the model; engines load it meanwhile. The data-parallel rank of each rank, and what `engines_up` gives."""
     deadline = config.cluster.startup_deadline_seconds
+    engines = asyncio.ensure_future(engines_up)
     try:
         async with asyncio.timeout(deadline):
             if config.cluster.ray_address is None or not ranks:
                 init_method = f"file://{folder / 'rendezvous'}"
             else:
                 init_method = await _call(ranks[0], ranks[0].handle.rendezvous.remote())
-            up: list[list[int]] = await asyncio.gather(call_all(ranks, "start", init_method, frozen), call_all(engines, "pid"))
-            return up[0]
+            started, endpoints = await asyncio.gather(call_all(ranks, "start", init_method, frozen), engines)
+            return started, endpoints
     except TimeoutError:
         raise EngineError(
             f"ranks and engines did not come up within cluster.startup_deadline_seconds ({deadline:.0f}); see {logs}"
         ) from None
+    finally:
+        engines.cancel()
+
+
+async def _start_servers(
+    config: Config, bundles: _Bundles, ranks: Sequence[Process], servers: RayServers
+) -> list[EngineEndpoint]:
+    """Each on its own GPUs or, colocated, on those of as many neighbouring ranks as it has ranks itself."""
+    size = config.rollout.engine.tensor_parallel_size
+    num_engines = len(servers.processes)
+    if bundles.split or not bundles.gpu or size == 1:
+        return await servers.start([None] * num_engines)
+    places = await call_all(ranks, "gpus")
+    gpu_ids: list[tuple[int, ...] | None] = []
+    for index in range(num_engines):
+        first = bundles.first_rank_of(index)
+        group = places[first : first + size]
+        if len(group) < size or len({node for node, _ in group}) > 1:
+            raise EngineError(
+                f"engine {index} cannot have its rollout.engine.tensor_parallel_size ({size}) GPUs on one node: the ranks it shares "
+                f"them with are on {either(sorted({node for node, _ in group}))}; use cluster.placement split, or a smaller size."
+            )
+        gpu_ids.append(tuple(gpu for _, gpus in group for gpu in gpus))
+    return await servers.start(gpu_ids)
+
+
+def _decoder(config: Config) -> Decode:
+    """Token ids to texts as the embedded engine does it."""
+    from transformers import AutoTokenizer
+
+    return partial(AutoTokenizer.from_pretrained(config.model.path).batch_decode, skip_special_tokens=True)
 
 
 async def call_all(processes: Sequence[Process], method: str, *args: Any) -> list[Any]:
@@ -394,30 +493,41 @@ class _Bundles:
     share: float
     gpu: bool
     split: bool
+    gpus_per_engine: int
 
     def of_rank(self, rank: int) -> dict[str, Any]:
-        return self._options(rank)
+        return self._options(rank, 1)
 
     def of_engine(self, index: int) -> dict[str, Any]:
-        return self._options(self.num_ranks + index if self.split else index % self.num_ranks)
+        if self.split:
+            return self._options(self.num_ranks + index, self.gpus_per_engine)
+        return self._options(self.first_rank_of(index), 1)
 
-    def _options(self, bundle: int) -> dict[str, Any]:
-        return {"index": bundle, "num_cpus": self.share, "num_gpus": self.share if self.gpu else 0}
+    def first_rank_of(self, index: int) -> int:
+        """Colocated: the rank whose bundle the engine shares; its other GPUs are those of the ranks that follow."""
+        return index * self.gpus_per_engine % self.num_ranks
+
+    def _options(self, bundle: int, num_gpus: int) -> dict[str, Any]:
+        return {"index": bundle, "num_cpus": self.share, "num_gpus": self.share * num_gpus if self.gpu else 0}
 
 
 def _place(config: Config, ranks: int, engines: int) -> tuple[PlacementGroup, _Bundles]:
     """One bundle a rank; engines share them when colocated, else have their own."""
     split = config.cluster.placement == "split" or ranks == 0
     gpu = ray.cluster_resources().get("GPU", 0) > 0
-    num_bundles = ranks + engines if split else ranks
-    most_on_a_bundle = 1 if split else 1 + -(-engines // ranks)
-    group = placement_group([{"CPU": 1.0, **({"GPU": 1.0} if gpu else {})}] * num_bundles, strategy="PACK")
+    settings = config.rollout.engine
+    size = settings.tensor_parallel_size if isinstance(settings, SglangEngineConfig) else 1
+    num_gpus = [1] * ranks + [size] * (engines if split else 0)
+    most_on_a_bundle = 1 if split else 1 + -(-engines * size // ranks)
+    wanted = [{"CPU": 1.0, **({"GPU": float(count)} if gpu else {})} for count in num_gpus]
+    group = placement_group(wanted or [{"CPU": 0.01}], strategy="PACK")
     if not group.wait(config.cluster.startup_deadline_seconds):
         ray.util.remove_placement_group(group)
         raise EngineError(
-            f"the Ray cluster cannot place {num_bundles} processes of 1 CPU{' and 1 GPU' if gpu else ''} each; it has {ray.cluster_resources()}"
+            f"the Ray cluster cannot place {len(num_gpus)} processes of 1 CPU each"
+            f"{f' and {sum(num_gpus)} GPUs' if gpu else ''}; it has {ray.cluster_resources()}"
         )
-    return group, _Bundles(ranks, 1.0 / most_on_a_bundle, gpu, split)
+    return group, _Bundles(ranks, 1.0 / most_on_a_bundle, gpu, split, size)
 
 
 def _start(cls: type, name: str, log_file: Path, group: PlacementGroup, place: dict[str, Any], *args: Any) -> Process:
@@ -427,7 +537,6 @@ def _start(cls: type, name: str, log_file: Path, group: PlacementGroup, place: d
         "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=place["index"]),
         "max_restarts": 0,
     }
-    log_file.unlink(missing_ok=True)
     return Process(name, ray.remote(cls).options(**options).remote(*args, log_file.absolute()), log_file)
 
 

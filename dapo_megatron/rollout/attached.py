@@ -1,0 +1,64 @@
+"""Servers that somebody else runs (`rollout.engine.engine_urls`): what they must be, and waiting for one that was lost."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from dapo_megatron.config.schema import SglangEngineConfig
+from dapo_megatron.rollout.sglang_engine import SglangEngine
+from dapo_megatron.types import EngineEndpoint, EngineError, EngineLostError
+
+CALL_SECONDS = 60.0
+POLL_SECONDS = 2.0
+_NEEDED = {"skip_tokenizer_init": True, "incremental_streaming_output": True}
+
+
+async def attach(config: SglangEngineConfig) -> list[EngineEndpoint]:
+    """The endpoints of `engine_urls`. EngineError when a server does not answer or was started without what the client needs."""
+    return list(await asyncio.gather(*(_attach(config, index) for index in range(len(config.engine_urls)))))
+
+
+class Reattach:
+    """In place of a restart: waits until the server answers again, whoever starts it."""
+
+    def __init__(self, endpoints: Sequence[EngineEndpoint]):
+        self._endpoints = {endpoint.name: endpoint for endpoint in endpoints}
+
+    async def __call__(self, name: str) -> EngineEndpoint:
+        """The endpoint, as it was."""
+        client = SglangEngine(self._endpoints[name])
+        try:
+            while not await _answers(client):
+                await asyncio.sleep(POLL_SECONDS)
+        finally:
+            await client.close()
+        return self._endpoints[name]
+
+
+async def _answers(client: SglangEngine) -> bool:
+    try:
+        return await client.is_healthy(CALL_SECONDS)
+    except EngineLostError:
+        return False
+
+
+async def _attach(config: SglangEngineConfig, index: int) -> EngineEndpoint:
+    url = config.engine_urls[index]
+    key = os.environ[config.api_key_env] if config.api_key_env else None
+    found = EngineEndpoint(f"engine {index}", url, config.tensor_parallel_size, "cuda", urlsplit(url).hostname or "", key)
+    client = SglangEngine(found)
+    try:
+        info: dict[str, Any] = await client.get("/server_info", timeout_seconds=CALL_SECONDS)
+    finally:
+        await client.close()
+    wanted = _NEEDED | {"tp_size": config.tensor_parallel_size}
+    wrong = [f"{name} {info.get(name)} instead of {value}" for name, value in wanted.items() if info.get(name) != value]
+    if wrong:
+        flags = f"--skip-tokenizer-init --incremental-streaming-output --tp-size {config.tensor_parallel_size}"
+        raise EngineError(f"the server at {url} was started with {', '.join(wrong)}; start it with {flags}.")
+    device = "cpu" if info.get("device") == "cpu" else "cuda"
+    return EngineEndpoint(found.name, url, config.tensor_parallel_size, device, found.node, key)
