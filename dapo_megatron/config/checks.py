@@ -213,7 +213,7 @@ def _servers_of_model(config: Config, hf_config: Mapping[str, Any]) -> Iterator[
             f"rollout.engine.tensor_parallel_size ({engine.tensor_parallel_size}) must divide num_attention_heads ({num_heads}) of "
             f"{config.model.path}; use {either(_divisors(num_heads, limit=64))}."
         )
-    if engine.return_routed_experts and hf_config.get("model_type") in DENSE_MODEL_TYPES:
+    if engine.return_routed_experts and hf_config.get("model_type") in SUPPORTED_MODEL_TYPES:
         yield f"rollout.engine.return_routed_experts must be false: {config.model.path} has no experts; remove it."
 
 

@@ -294,7 +294,7 @@ class RayBackend:
     """The running processes."""
 
     actor: RayActor
-    engines: tuple[RayEngine, ...] | tuple[Router]
+    engines: tuple[Any, ...]
     """The embedded engines, or one router over all servers."""
 
 
@@ -336,6 +336,9 @@ def ray_backend(config: Config, logs: Path, ranks: Ranks = "training", *, num_en
     attached = isinstance(settings, SglangEngineConfig) and bool(settings.engine_urls)
     group, bundles = _place(config, num_ranks, 0 if attached else num_engines)
 
+    for log_file in logs.glob("*.log"):
+        log_file.unlink()  # an engine that is started again goes on with its own
+
     def launch(cls: type, index: int, *args: Any) -> Process:
         return _start(cls, f"engine {index}", logs / f"engine_{index:03d}.log", group, bundles.of_engine(index), config, *args)
 
@@ -362,7 +365,7 @@ def ray_backend(config: Config, logs: Path, ranks: Ranks = "training", *, num_en
                 engines_up = attach(settings)
             else:
                 servers = RayServers(lambda index: launch(ServerActor, index, index), num_engines)
-                engines_up = _start_servers(config, bundles, actor, servers)
+                engines_up = _start_servers(bundles, actor, servers)
             starting = _bring_up(config, actor, engines_up, Path(folder), logs, frozen=ranks == "frozen")
             data_parallel_ranks, endpoints = asyncio.run(starting)
         handle = RayActor(actor, data_parallel_ranks)
@@ -400,11 +403,9 @@ async def _bring_up(
         engines.cancel()
 
 
-async def _start_servers(
-    config: Config, bundles: _Bundles, ranks: Sequence[Process], servers: RayServers
-) -> list[EngineEndpoint]:
+async def _start_servers(bundles: _Bundles, ranks: Sequence[Process], servers: RayServers) -> list[EngineEndpoint]:
     """Each on its own GPUs or, colocated, on those of as many neighbouring ranks as it has ranks itself."""
-    size = config.rollout.engine.tensor_parallel_size
+    size = bundles.gpus_per_engine
     num_engines = len(servers.processes)
     if bundles.split or not bundles.gpu or size == 1:
         return await servers.start([None] * num_engines)

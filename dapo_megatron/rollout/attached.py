@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from dapo_megatron.config.schema import SglangEngineConfig
@@ -60,5 +60,5 @@ async def _attach(config: SglangEngineConfig, index: int) -> EngineEndpoint:
     if wrong:
         flags = f"--skip-tokenizer-init --incremental-streaming-output --tp-size {config.tensor_parallel_size}"
         raise EngineError(f"the server at {url} was started with {', '.join(wrong)}; start it with {flags}.")
-    device = "cpu" if info.get("device") == "cpu" else "cuda"
+    device: Literal["cpu", "cuda"] = "cpu" if info.get("device") == "cpu" else "cuda"
     return EngineEndpoint(found.name, url, config.tensor_parallel_size, device, found.node, key)

@@ -16,10 +16,10 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 from dapo_megatron.config.schema import SglangEngineConfig
 from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult
@@ -44,6 +44,14 @@ Resync = Callable[[EngineEndpoint, int], Awaitable[None]]
 """Brings this weight version to an engine and proves it; EngineError when the actor holds it no more."""
 Decode = Callable[[list[list[int]]], list[str]]
 """Token ids to texts, special tokens left out."""
+
+
+class UpdateReport(Protocol):
+    """What came of sending a version to several engines."""
+
+    @property
+    def failures(self) -> Mapping[str, str]:
+        """Name of an engine that did not get it -> what happened."""
 
 
 class _State(Enum):
@@ -101,7 +109,7 @@ class Router:
         self._names = itertools.count()
         self._prefix = secrets.token_hex(4)
         self._background: set[asyncio.Task[None]] = set()
-        self._watchers: list[asyncio.Task[None]] = []
+        self._watchers: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._updating = asyncio.Lock()
         self._none_since: float | None = None
@@ -125,9 +133,17 @@ class Router:
         """Of the engines that a weight update goes to: all that are not lost."""
         return tuple(engine.client.endpoint for engine in self._engines if engine.state is not _State.LOST)
 
-    async def generate(self, requests: Sequence[GenerateRequest]) -> AsyncGenerator[GenerateResult, None]:
+    def generate(self, requests: Sequence[GenerateRequest]) -> AsyncGenerator[GenerateResult, None]:
         """See `Generator.generate`. EngineError when no engine could be brought back within the deadline."""
-        pending = {asyncio.ensure_future(self._complete(request)) for request in requests}
+        for request in requests:
+            if request.request_id in self._flights:
+                raise EngineError(f"request {request.request_id} is running already; ids must differ among running requests.")
+        flights = {request.request_id: _Flight(request) for request in requests}
+        self._flights |= flights  # at once, so that abort() right after this call finds them
+        return self._generate(tuple(flights.values()))
+
+    async def _generate(self, flights: Sequence[_Flight]) -> AsyncGenerator[GenerateResult, None]:
+        pending = {asyncio.ensure_future(self._complete(flight)) for flight in flights}
         try:
             while pending:
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
@@ -135,6 +151,8 @@ class Router:
                     yield task.result()
         finally:
             await _end(pending)
+            for flight in flights:  # a task that was cancelled before it began has not taken its own out
+                self._land(flight)
 
     async def abort(self, request_ids: Collection[int]) -> None:
         """See `Generator.abort`; returns when the requests have ended."""
@@ -150,24 +168,35 @@ class Router:
             finally:
                 await _end(waiting)
 
-    async def update_weights[Report](self, version: int, push: Callable[[Sequence[EngineEndpoint]], Awaitable[Report]]) -> Report:
-        """Bring `version` to all engines by `push`, which proves it; an engine that is lost meanwhile is left out and restarted.
+    async def update_weights[Report: UpdateReport](
+        self, version: int, push: Callable[[Sequence[EngineEndpoint]], Awaitable[Report]]
+    ) -> Report:
+        """Bring `version` to all engines by `push`, which proves it; one that fails is started again and gets it then.
 
         EngineError when an engine then names another version, or when none is left and none came back in time.
         """
         async with self._updating:
             while True:
                 engines = await self._reachable()
-                try:
-                    report = await push([engine.client.endpoint for engine in engines])
-                    await asyncio.gather(*(self._require_version(engine, version) for engine in engines))
-                except EngineLostError as error:
-                    self._lose(next(engine for engine in engines if engine.name == error.endpoint), error)
-                    continue
+                report = await push([engine.client.endpoint for engine in engines])
                 self._weight_version = version
-                for engine in engines:
-                    self._serve(engine)
-                return report
+                updated = await asyncio.gather(*(self._has_update(engine, report.failures, version) for engine in engines))
+                if any(updated):
+                    return report
+
+    async def _has_update(self, engine: _Routed, failures: Mapping[str, str], version: int) -> bool:
+        """Whether the engine holds the version; then it serves, else it is lost."""
+        try:
+            if engine.name in failures:
+                raise EngineLostError(
+                    f"{engine.name} did not take weight version {version}: {failures[engine.name]}", engine.name
+                )
+            await self._require_version(engine, version)
+        except EngineLostError as error:
+            self._lose(engine, error)
+            return False
+        self._serve(engine)
+        return True
 
     async def close(self) -> None:
         """End what runs in the background and close the connections."""
@@ -179,15 +208,11 @@ class Router:
     def _client(self, endpoint: EngineEndpoint) -> SglangEngine:
         return SglangEngine(endpoint, return_routed_experts=self._config.return_routed_experts)
 
-    async def _complete(self, request: GenerateRequest) -> GenerateResult:
+    async def _complete(self, flight: _Flight) -> GenerateResult:
         """One request to its end, over as many engines as it takes."""
-        if request.request_id in self._flights:
-            raise EngineError(f"request {request.request_id} is running already; ids must differ among running requests.")
-        flight = self._flights[request.request_id] = _Flight(request)
+        request, num_aborts = flight.request, 0
         partials = [PartialSample(sample) for sample in request.started or (None,) * request.num_samples]
-        if len(self._flights) == 1:
-            self._watch_all()
-        num_aborts = 0
+        self._watch_all()
         try:
             while not flight.aborted and (unfinished := [partial for partial in partials if not partial.is_finished]):
                 engine = await self._pick(flight)
@@ -203,10 +228,17 @@ class Router:
             samples = tuple(partial.sample(text) for partial, text in zip(partials, texts, strict=True))
             return GenerateResult(request.request_id, samples)
         finally:
-            del self._flights[request.request_id]
-            flight.ended.set()
-            if not self._flights:
-                await self._stop_watching()
+            self._land(flight)
+
+    def _land(self, flight: _Flight) -> None:
+        """The request is no longer in work; engines are watched only while one is."""
+        if self._flights.get(flight.request.request_id) is flight:
+            del self._flights[flight.request.request_id]
+        flight.ended.set()
+        if not self._flights:
+            for watcher in self._watchers:
+                watcher.cancel()
+            self._watchers.clear()
 
     async def _attempt(self, flight: _Flight, engine: _Routed, partials: Sequence[PartialSample]) -> int:
         """Let one engine go on with the samples; 1 when it ended one that nobody aborted. A lost engine is noted, not raised."""
@@ -308,13 +340,10 @@ class Router:
             self._lose(engine, error)
 
     def _watch_all(self) -> None:
-        self._watchers = [
-            asyncio.ensure_future(self._watch(engine)) for engine in self._engines if engine.state is _State.SERVING
-        ]
-
-    async def _stop_watching(self) -> None:
-        watchers, self._watchers = self._watchers, []
-        await _end(watchers)
+        """Begin to watch the engines that serve, unless they are watched already."""
+        if not self._watchers:
+            serving = [engine for engine in self._engines if engine.state is _State.SERVING]
+            self._watchers = {asyncio.ensure_future(self._watch(engine)) for engine in serving}
 
     async def _watch(self, engine: _Routed) -> None:
         """Look at the health of an engine until it is lost; it may be slow to answer, but not silent past the deadline."""
@@ -384,7 +413,7 @@ class Router:
             return
         was_serving, engine.state, self._none_since = engine.state is _State.SERVING, _State.SERVING, None
         if self._flights and not was_serving:
-            self._watchers.append(asyncio.ensure_future(self._watch(engine)))
+            self._watchers.add(asyncio.ensure_future(self._watch(engine)))
         self._notify()
 
     def _in_background(self, work: Awaitable[None]) -> None:

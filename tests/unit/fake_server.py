@@ -1,0 +1,97 @@
+"""A server with SGLang's answers and no model: the token at position p of a sequence is p."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Collection
+
+from aiohttp import web
+
+from dapo_megatron.types import EngineEndpoint
+
+
+class FakeServer:
+    """Serves in the running event loop. `die` and `hang` are what may happen to a server."""
+
+    def __init__(self, name: str, weight_version: int = 0, seconds_per_token: float = 0.0):
+        self.name, self.weight_version, self.seconds_per_token = name, weight_version, seconds_per_token
+        self.prompts: list[list[int]] = []
+        """Token ids that samples of this server began with."""
+        self.aborted: set[str] = set()
+        self.may_generate = asyncio.Event()
+        self.may_generate.set()
+        self.hangs = asyncio.Event()
+        self.generated = asyncio.Event()
+        """Set with the first token that is sent."""
+
+    async def start(self) -> EngineEndpoint:
+        app = web.Application()
+        app.router.add_post("/generate", self._generate)
+        app.router.add_post("/abort_request", self._abort)
+        app.router.add_get("/model_info", self._model_info)
+        app.router.add_get("/health_generate", self._health)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.0)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        host, port = self._runner.addresses[0][:2]
+        return EngineEndpoint(self.name, f"http://{host}:{port}", 1, "cpu")
+
+    async def die(self) -> None:
+        """Connections are reset and nobody listens any more."""
+        if self._runner.server is None:
+            return
+        for connection in self._runner.server.connections:
+            if connection.transport is not None:
+                connection.transport.abort()
+        await self._runner.cleanup()
+
+    def hang(self) -> None:
+        """Connections stay, nothing comes."""
+        self.may_generate.clear()
+        self.hangs.set()
+
+    async def _health(self, request: web.Request) -> web.Response:
+        if self.hangs.is_set():
+            await asyncio.sleep(3600)
+        return web.Response()
+
+    async def _model_info(self, request: web.Request) -> web.Response:
+        return web.json_response({"weight_version": str(self.weight_version)})
+
+    async def _abort(self, request: web.Request) -> web.Response:
+        self.aborted.add((await request.json())["rid"])
+        return web.Response()
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.prompts += body["input_ids"]
+        response = web.StreamResponse()
+        await response.prepare(request)
+        lock = asyncio.Lock()
+
+        async def sample(index: int, rid: str, token_ids: Collection[int], limit: int) -> None:
+            start = len(token_ids)
+            for count in range(1, limit + 1):
+                await asyncio.sleep(self.seconds_per_token)
+                await self.may_generate.wait()
+                end = "abort" if rid in self.aborted else "length" if count == limit else None
+                meta = {
+                    "id": rid,
+                    "finish_reason": {"type": end} if end else None,
+                    "output_token_logprobs": [[-0.5, start + count - 1, None]],
+                    "weight_versions": [{"version": str(self.weight_version), "start": 0, "end": count}],
+                    "completion_tokens": count,
+                }
+                event = {"index": index, "output_ids": [start + count - 1], "meta_info": meta}
+                async with lock:
+                    await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+                self.generated.set()
+                if end:
+                    return
+
+        limits = [params["max_new_tokens"] for params in body["sampling_params"]]
+        await asyncio.gather(*map(sample, range(len(limits)), body["rid"], body["input_ids"], limits))
+        await response.write(b"data: [DONE]\n\n")
+        return response

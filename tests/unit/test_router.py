@@ -1,0 +1,233 @@
+"""Routing over servers, and what happens when one is lost; the servers are fakes that count positions."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+
+from dapo_megatron.config.schema import SglangEngineConfig
+from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult, SamplingParams
+from dapo_megatron.rollout.router import Router
+from dapo_megatron.types import EngineEndpoint, EngineError, FingerprintError, Sample
+from tests.unit.fake_server import FakeServer
+
+PROMPT = (7, 7, 7)
+
+
+def request(request_id: int, num_samples: int = 2, max_response_tokens: int = 8, **changes) -> GenerateRequest:
+    params = SamplingParams(max_response_tokens=max_response_tokens)
+    return GenerateRequest(request_id, PROMPT, num_samples, seed=0, params=params, **changes)
+
+
+def tokens(num: int, start: int = len(PROMPT)) -> list[int]:
+    """What the fake generates after the prompt."""
+    return list(range(start, start + num))
+
+
+async def complete(router: Router, *requests: GenerateRequest) -> dict[int, GenerateResult]:
+    return {result.request_id: result async for result in router.generate(requests)}
+
+
+def assert_whole(result: GenerateResult, num_tokens: int = 8, version: int = 0) -> None:
+    """Every token once, in order, whoever generated it."""
+    for sample in result.samples:
+        assert sample.token_ids.tolist() == tokens(num_tokens)
+        assert len(sample.log_probs) == num_tokens
+        assert set(sample.weight_versions.tolist()) == {version}
+        assert sample.finish_reason == "length"
+
+
+@dataclass
+class Fleet:
+    """Fake servers behind a router; a restart makes a new one at once, with the weights of version 0."""
+
+    servers: dict[str, FakeServer]
+    config: SglangEngineConfig
+    restarts: list[str] = field(default_factory=list)
+    resyncs: list[tuple[str, int]] = field(default_factory=list)
+    comes_back: bool = True
+
+    async def restart(self, name: str) -> EngineEndpoint:
+        self.restarts.append(name)
+        if not self.comes_back:
+            raise EngineError("no such luck")
+        self.servers[name] = FakeServer(name)
+        return await self.servers[name].start()
+
+    async def resync(self, endpoint: EngineEndpoint, version: int) -> None:
+        self.resyncs.append((endpoint.name, version))
+        assert not self.servers[endpoint.name].prompts
+        self.servers[endpoint.name].weight_version = version
+
+
+@dataclass
+class Report:
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+@asynccontextmanager
+async def fleet(num_servers: int = 2, **settings) -> AsyncIterator[tuple[Router, Fleet]]:
+    quick = {"health_interval_seconds": 0.02, "health_deadline_seconds": 0.2, "restart_deadline_seconds": 5.0}
+    servers = {f"engine {index}": FakeServer(f"engine {index}") for index in range(num_servers)}
+    state = Fleet(servers, SglangEngineConfig(**quick | settings))
+    endpoints = [await server.start() for server in servers.values()]
+    router = Router(endpoints, state.config, lambda rows: [str(row) for row in rows], restart=state.restart)
+    router.resync = state.resync
+    try:
+        yield router, state
+    finally:
+        await router.close()
+        await asyncio.gather(*(server.die() for server in state.servers.values()))
+
+
+async def update(router: Router, state: Fleet, version: int, failures: Sequence[str] = ()) -> None:
+    async def push(endpoints: Sequence[EngineEndpoint]) -> Report:
+        for endpoint in endpoints:
+            if endpoint.name not in failures:
+                state.servers[endpoint.name].weight_version = version
+        return Report(dict.fromkeys(failures, "did not answer"))
+
+    await router.update_weights(version, push)
+
+
+async def test_groups_stay_together_and_go_where_the_least_is_to_do():
+    async with fleet() as (router, state):
+        long = request(0, num_samples=4, max_response_tokens=20)
+        results = await complete(router, long, *(request(i, max_response_tokens=5) for i in range(1, 4)))
+        assert_whole(results[0], 20)
+        counts = [len(server.prompts) for server in state.servers.values()]
+        assert sorted(counts) == [4, 6]  # the long group alone, the short ones beside it
+
+
+async def test_requests_of_a_dead_engine_go_on_elsewhere_after_the_tokens_that_arrived():
+    async with fleet() as (router, state):
+        first = state.servers["engine 0"]
+        first.seconds_per_token = 0.01
+        work = asyncio.ensure_future(complete(router, request(0), request(1)))
+        await first.generated.wait()
+        await asyncio.sleep(0.03)
+        await first.die()
+        results = await work
+        for result in results.values():
+            assert_whole(result)
+        continued = state.servers["engine 1"].prompts[2:]
+        assert len(continued) == 2 and all(len(prompt) > len(PROMPT) for prompt in continued)
+        assert router.num_engines_lost == 1
+
+
+async def test_hung_engine_is_replaced_by_its_deadline():
+    async with fleet() as (router, state):
+        hung = state.servers["engine 0"]
+        hung.hang()
+        results = await complete(router, request(0), request(1))
+        for result in results.values():
+            assert_whole(result)
+        assert state.restarts == ["engine 0"]
+
+
+async def test_busy_engine_that_only_streams_slowly_is_not_taken_for_hung():
+    async with fleet(1) as (router, state):
+        state.servers["engine 0"].seconds_per_token = 0.06
+        assert_whole((await complete(router, request(0)))[0])
+        assert state.restarts == []
+
+
+async def test_restarted_engine_gets_the_current_weights_before_it_serves():
+    async with fleet(1) as (router, state):
+        await update(router, state, 3)
+        await state.servers["engine 0"].die()
+        results = await complete(router, request(0))
+        assert_whole(results[0], version=3)
+        assert state.resyncs == [("engine 0", 3)]
+
+
+async def test_restarted_engine_that_the_actor_cannot_serve_waits_for_the_next_update():
+    async with fleet() as (router, state):
+
+        async def resync(endpoint: EngineEndpoint, version: int) -> None:
+            raise EngineError("the actor has trained on")
+
+        router.resync = resync
+        await update(router, state, 1)
+        await state.servers["engine 0"].die()
+        assert_whole((await complete(router, request(0), request(1)))[1], version=1)
+        while state.servers["engine 0"].weight_version != 2:
+            await update(router, state, 2)
+            await asyncio.sleep(0.01)
+        await complete(router, *(request(i) for i in range(4)))
+        assert state.servers["engine 0"].prompts
+
+
+async def test_engine_that_fails_during_an_update_is_restarted_and_the_others_go_on():
+    async with fleet() as (router, state):
+        await update(router, state, 1, failures=["engine 1"])
+        for result in (await complete(router, *(request(i) for i in range(4)))).values():
+            assert_whole(result, version=1)
+        assert state.restarts == ["engine 1"]
+
+
+async def test_wrong_weights_after_a_restart_end_the_run():
+    async with fleet(1) as (router, state):
+
+        async def resync(endpoint: EngineEndpoint, version: int) -> None:
+            raise FingerprintError("embedding differs")
+
+        router.resync = resync
+        await state.servers["engine 0"].die()
+        with pytest.raises(FingerprintError, match="embedding differs"):
+            await complete(router, request(0))
+
+
+async def test_tokens_of_another_weight_version_are_refused():
+    async with fleet(1) as (router, state):
+        state.servers["engine 0"].weight_version = 5
+        with pytest.raises(EngineError, match="weight version 5, but the engines hold version 0"):
+            await complete(router, request(0))
+
+
+async def test_run_ends_when_no_engine_comes_back_in_time():
+    async with fleet(1, restart_deadline_seconds=0.1) as (router, state):
+        state.comes_back = False
+        await state.servers["engine 0"].die()
+        with pytest.raises(EngineError, match=r"restart_deadline_seconds \(0\); the last loss: no such luck"):
+            await complete(router, request(0))
+
+
+async def test_aborted_request_ends_with_what_it_has_and_goes_on_later():
+    async with fleet(1) as (router, state):
+        server = state.servers["engine 0"]
+        server.seconds_per_token = 0.01
+        work = asyncio.ensure_future(complete(router, request(0, max_response_tokens=50)))
+        await server.generated.wait()
+        await router.abort([0, 99])
+        result = (await work)[0]
+        assert not result.is_complete
+        assert all(0 < len(sample.token_ids) < 50 for sample in result.samples)
+        server.seconds_per_token = 0.0
+        await update(router, state, 1)
+        resumed = (await complete(router, request(0, max_response_tokens=50, started=result.samples)))[0]
+        for before, after in zip(result.samples, resumed.samples, strict=True):
+            num_old = len(before.token_ids)
+            assert after.token_ids.tolist() == tokens(50)
+            assert after.weight_versions.tolist() == [0] * num_old + [1] * (50 - num_old)
+
+
+async def test_abort_right_after_generate_reaches_the_request():
+    async with fleet(1) as (router, state):
+        state.servers["engine 0"].seconds_per_token = 0.01
+        work = asyncio.ensure_future(complete(router, request(0, max_response_tokens=1000)))
+        await asyncio.sleep(0)
+        await router.abort([0])
+        assert not (await work)[0].is_complete
+
+
+async def test_finished_samples_of_a_started_request_are_returned_as_they_are():
+    async with fleet(1) as (router, state):
+        finished = Sample([50, 2], [-1.0, -1.0], [0, 0], "stop", "x")
+        begun = Sample([3], [-1.0], [0], "abort", "y")
+        result = (await complete(router, request(0, started=(finished, begun))))[0]
+        assert result.samples[0].token_ids.tolist() == [50, 2] and result.samples[0].finish_reason == "stop"
+        assert result.samples[1].token_ids.tolist() == tokens(8)
+        assert state.servers["engine 0"].prompts == [[*PROMPT, 3]]
