@@ -3,11 +3,13 @@
 #   make quickstart ARGS='--seed 7'        make test ARGS='tests/unit -q'
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test lint format clean
+.PHONY: help venv venv-sglang quickstart quickstart-sglang test lint format clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS := dev,smollm2
+# What the tests and the servers need on top; about 10 GB, so the first quick start goes without.
+SERVER_EXTRAS := $(EXTRAS),sglang
 
 # Several ranks share the cores; more threads each are slower.
 export OMP_NUM_THREADS ?= 1
@@ -20,12 +22,15 @@ PYTHON = $(shell for candidate in python3.12 python3 python $(wildcard $(HOME)/.
 UV = $(shell uv --version >/dev/null 2>&1 && echo uv || echo .uv/bin/uv)
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 quickstart: $(VENV)/installed ## install, then train configs/quickstart.yaml to the end
 	$(BIN)/dapo-megatron train configs/quickstart.yaml $(ARGS)
 
-test: $(VENV)/installed ## the whole test-suite
+quickstart-sglang: $(VENV)/installed-sglang ## the same task with two SGLang servers: configs/quickstart_sglang.yaml
+	$(BIN)/dapo-megatron train configs/quickstart_sglang.yaml $(ARGS)
+
+test: $(VENV)/installed-sglang ## the whole test-suite
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/installed ## style, types, import contracts
@@ -40,6 +45,8 @@ format: $(VENV)/installed ## rewrite the sources in the project's style
 
 venv: $(VENV)/installed ## make .venv: python 3.12, pinned packages, this checkout
 
+venv-sglang: $(VENV)/installed-sglang ## the same and SGLang: 200 packages, 10 GB
+
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf $(VENV) .uv .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find dapo_megatron checkpoint_tools tests -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -48,6 +55,10 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(filter .uv/bin/uv,$(UV))
 	$(if $(PYTHON),,@echo 'no Python 3.12 found: uv downloads one')
 	test -x $(BIN)/python || $(UV) venv --python $(or $(PYTHON),3.12) $(VENV)
 	$(UV) pip install --compile-bytecode --python $(BIN)/python --constraints constraints.txt --editable '.[$(EXTRAS)]'
+	touch $@
+
+$(VENV)/installed-sglang: $(VENV)/installed
+	$(UV) pip install --python $(BIN)/python --constraints constraints.txt --editable '.[$(SERVER_EXTRAS)]'
 	touch $@
 
 .uv/bin/uv:

@@ -191,7 +191,7 @@ class Router:
                 raise EngineLostError(
                     f"{engine.name} did not take weight version {version}: {failures[engine.name]}", engine.name
                 )
-            await self._require_version(engine, version)
+            await self._take_on(engine, version)
         except EngineLostError as error:
             self._lose(engine, error)
             return False
@@ -391,7 +391,7 @@ class Router:
                 try:
                     if self.resync is not None:
                         await self.resync(endpoint, self._weight_version)
-                    await self._require_version(engine, self._weight_version)
+                    await self._take_on(engine, self._weight_version)
                 except EngineLostError as error:
                     engine.state, self._last_loss = _State.LOST, error
                     await engine.client.close()
@@ -403,10 +403,12 @@ class Router:
                 logger.warning(f"{engine.name} serves again, with weight version {self._weight_version}")
                 return
 
-    async def _require_version(self, engine: _Routed, version: int) -> None:
+    async def _take_on(self, engine: _Routed, version: int) -> None:
+        """After an update: EngineError when the engine names another version. Prefixes computed with older weights are dropped."""
         held = await engine.client.weight_version(CALL_SECONDS)
         if held != version:
             raise EngineError(f"{engine.name} holds weight version {held} after an update to version {version}; look at its log.")
+        await engine.client.flush_cache(CALL_SECONDS)
 
     def _serve(self, engine: _Routed) -> None:
         if engine.state is _State.LOST:

@@ -140,8 +140,9 @@ class SglangEngine:
         await self.post("/continue_generation", timeout_seconds=timeout_seconds)
 
     async def flush_cache(self, timeout_seconds: float) -> None:
-        """Forget all prefixes. EngineError while samples run."""
-        await self.post("/flush_cache", timeout_seconds=timeout_seconds)
+        """Forget all prefixes. EngineError when samples still run at the deadline."""
+        path = f"/flush_cache?timeout={timeout_seconds / 2:g}"
+        await self.post(path, timeout_seconds=timeout_seconds)
 
     async def release_memory(self, tags: Sequence[MemoryTag], timeout_seconds: float) -> None:
         """Give the memory of these parts to whoever shares the device; nothing may be running."""

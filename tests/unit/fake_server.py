@@ -19,6 +19,7 @@ class FakeServer:
         self.prompts: list[list[int]] = []
         """Token ids that samples of this server began with."""
         self.aborted: set[str] = set()
+        self.num_flushes = 0
         self.may_generate = asyncio.Event()
         self.may_generate.set()
         self.hangs = asyncio.Event()
@@ -29,6 +30,7 @@ class FakeServer:
         app = web.Application()
         app.router.add_post("/generate", self._generate)
         app.router.add_post("/abort_request", self._abort)
+        app.router.add_post("/flush_cache", self._flush_cache)
         app.router.add_get("/model_info", self._model_info)
         app.router.add_get("/health_generate", self._health)
         self._runner = web.AppRunner(app, shutdown_timeout=0.0)
@@ -59,6 +61,10 @@ class FakeServer:
 
     async def _model_info(self, request: web.Request) -> web.Response:
         return web.json_response({"weight_version": str(self.weight_version)})
+
+    async def _flush_cache(self, request: web.Request) -> web.Response:
+        self.num_flushes += 1
+        return web.Response(text="Cache flushed.")
 
     async def _abort(self, request: web.Request) -> web.Response:
         self.aborted.add((await request.json())["rid"])

@@ -141,6 +141,7 @@ async def test_restarted_engine_gets_the_current_weights_before_it_serves():
         results = await complete(router, request(0))
         assert_whole(results[0], version=3)
         assert state.resyncs == [("engine 0", 3)]
+        assert state.servers["engine 0"].num_flushes == 1  # prefixes of the weights it was started with
 
 
 async def test_restarted_engine_that_the_actor_cannot_serve_waits_for_the_next_update():
