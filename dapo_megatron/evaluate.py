@@ -23,7 +23,7 @@ from dapo_megatron.eval.records import ProblemRecord
 from dapo_megatron.eval.summary import summarize
 from dapo_megatron.launcher.policy_source import PolicySource, find_policy
 from dapo_megatron.rewards.workers import RewardWorkers
-from dapo_megatron.train import commit, load_tokenizer, prepare, print_data_report, stop_token_ids, versions
+from dapo_megatron.train import commit, load_tokenizer, needs_sglang, prepare, print_data_report, stop_token_ids, versions
 from dapo_megatron.types import ConfigError, DataError, Prompt
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def evaluation_config(source: PolicySource, files: Sequence[Path], overrides: Se
 def check(source: PolicySource, config: Config) -> PromptSet:
     """The problems; raises ConfigError with every fault that can be known before a process is started, or DataError."""
     hf_config = read_hf_config(config.model.path) if (config.model.path / "config.json").is_file() else None
-    faults = check_evaluation(config, hf_config, starts_actor=source.run is not None)
+    faults = check_evaluation(config, hf_config, starts_actor=source.run is not None) + needs_sglang(config)
     if faults:
         raise ConfigError(faults)
     data = config.eval_data
@@ -160,6 +160,12 @@ class _Measurement:
             raise
 
     async def _drive(self, processes: RayBackend | LocalBackend, scorer: RewardWorkers, progress: EvaluationProgress) -> None:
+        from dapo_megatron.launcher.backends import connections
+
+        async with connections(processes.engines):
+            await self._measure(processes, scorer, progress)
+
+    async def _measure(self, processes: RayBackend | LocalBackend, scorer: RewardWorkers, progress: EvaluationProgress) -> None:
         from dapo_megatron.eval.measure import measure
         from dapo_megatron.launcher.controller import PhaseClock, sync_weights
 

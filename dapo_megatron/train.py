@@ -180,7 +180,7 @@ def _train_once(
     console: Console,
 ) -> None:
     from dapo_megatron.eval.measure import Protocol, held_out_metrics
-    from dapo_megatron.launcher.backends import backend
+    from dapo_megatron.launcher.backends import backend, connections
     from dapo_megatron.launcher.controller import Controller
 
     state = read_state(start) if start else None
@@ -207,7 +207,7 @@ def _train_once(
             screen.step(row)
 
         async def drive() -> None:
-            async with RewardWorkers(config.reward) as scorer:
+            async with RewardWorkers(config.reward) as scorer, connections(processes.engines):
                 await scorer.wait_ready()
                 rules = sampler_rules(config)
                 sampler = sampler_type(config)(processes.engines, scorer, stream, rules, state.sampler if state else None)

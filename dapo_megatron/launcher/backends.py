@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dapo_megatron.config.schema import Config
 
@@ -39,3 +40,12 @@ def backend(config: Config, logs: Path, ranks: Ranks = "training") -> Iterator[R
 
     with ray_backend(config, logs, ranks) as ray_processes:
         yield ray_processes
+
+
+@asynccontextmanager
+async def connections(engines: Sequence[Any]) -> AsyncIterator[None]:
+    """Around the use of engines in one event loop: on leaving, their connections are closed."""
+    try:
+        yield
+    finally:
+        await asyncio.gather(*(engine.close() for engine in engines))

@@ -107,6 +107,9 @@ class LocalEngine:
         """Take the next bucket or the manifest; the bytes of weights in it."""
         return await self._engine.receive(message)
 
+    async def close(self) -> None:
+        """Nothing is open."""
+
 
 @dataclass(frozen=True, slots=True)
 class LocalBackend:
