@@ -58,7 +58,7 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(filter .uv/bin/uv,$(UV))
 	touch $@
 
 $(VENV)/installed-sglang: $(VENV)/installed
-	$(UV) pip install --python $(BIN)/python --constraints constraints.txt --editable '.[$(SERVER_EXTRAS)]'
+	$(UV) pip install --compile-bytecode --python $(BIN)/python --constraints constraints.txt --editable '.[$(SERVER_EXTRAS)]'
 	touch $@
 
 .uv/bin/uv:
