@@ -6,19 +6,21 @@ Importing this module imports megatron-core; call `cpu_adapter.install()` first.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dapo_megatron.actor import checkpoint, parallel
 from dapo_megatron.actor.live_weights import live_boxes
 from dapo_megatron.actor.policy import build_modules
+from dapo_megatron.actor.weight_pusher import configured_pusher, transports
 from dapo_megatron.actor.weight_sender import WeightSender
 from dapo_megatron.config.schema import Config
 from dapo_megatron.models.architecture import Architecture
-from dapo_megatron.types import CheckpointError
+from dapo_megatron.types import CheckpointError, EngineEndpoint
 from dapo_megatron.weights.file_digest import FileDigest
 from dapo_megatron.weights.plan import compile_mapping
 from dapo_megatron.weights.sync import WeightBucket, WeightManifest
+from dapo_megatron.weights.transports.records import PushReport
 
 
 class FrozenActor:
@@ -27,6 +29,7 @@ class FrozenActor:
     def __init__(self, config: Config, *, rank: int, init_method: str):
         """Join the world; the parameters are zero until `load_weights`."""
         hf_config = json.loads((config.model.path / "config.json").read_text())
+        self._config = config
         self._device = parallel.initialize(config, rank=rank, init_method=init_method)
         self.mapping = compile_mapping(hf_config)
         self._modules, _ = build_modules(Architecture.from_hf(hf_config), config, self._device)
@@ -47,6 +50,13 @@ class FrozenActor:
         if self._sender is None:
             raise CheckpointError("there are no weights to send; load_weights must come first")
         yield from self._sender.send(version)
+
+    def push_weights(self, version: int, endpoints: Sequence[EngineEndpoint], node: str) -> PushReport | None:
+        """Bring the weights to rollout servers, see `WeightPusher.push`; the report on rank 0, whose machine has the address `node`."""
+        if self._sender is None:
+            raise CheckpointError("there are no weights to send; load_weights must come first")
+        pusher = configured_pusher(self._config, self.mapping, live_boxes(self._modules))
+        return pusher.push(version, transports(self._config, endpoints, node))
 
     def close(self) -> None:
         """Leave the process groups."""

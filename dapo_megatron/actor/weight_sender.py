@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -28,36 +27,59 @@ ASSEMBLER = 0
 class WeightSender:
     """One per rank, collective. Extra memory: one bucket on the assembler, one bucket's own part on the others."""
 
-    def __init__(self, mapping: ModelMapping, live: Sequence[LiveBox], bucket_bytes: int):
+    def __init__(
+        self,
+        mapping: ModelMapping,
+        live: Sequence[LiveBox],
+        bucket_bytes: int,
+        *,
+        whole_tensors: bool = False,
+        dtype: torch.dtype | None = None,
+    ):
+        """`dtype` is that of the wire, into which each rank casts what it owns; None: the parameters' own."""
         self._mapping = mapping
         self._owned = [item for item in live if item.is_owner]
         boxes_by_rank: list = [None] * dist.get_world_size()
         dist.all_gather_object(boxes_by_rank, [item.box for item in self._owned])
-        self._dtype = live[0].data.dtype
+        self._dtype = dtype or live[0].data.dtype
         self._device = live[0].data.device
-        self._plan = compile_send_plan(mapping, boxes_by_rank, bucket_bytes, self._dtype.itemsize)
+        self.plan = compile_send_plan(mapping, boxes_by_rank, bucket_bytes, self._dtype.itemsize, whole_tensors=whole_tensors)
+
+    @property
+    def wire_dtype(self) -> str:
+        """Of every element that is sent, by its torch name."""
+        return str(self._dtype).removeprefix("torch.")
 
     def send(self, version: int) -> Iterator[WeightBucket | WeightManifest]:
         """Yields the buckets and the manifest of the present weights on the assembler, nothing on other ranks."""
         manifest = ManifestBuilder(self._mapping.hf_tensors, version)
-        for plan in self._plan.buckets:
-            if dist.get_rank() != ASSEMBLER:
-                self._send_own_part(plan)
+        for plan in self.plan.buckets:
+            payload = torch.empty(plan.num_bytes if dist.get_rank() == ASSEMBLER else 0, dtype=torch.uint8)
+            if not self.gather(plan, payload):
                 continue
-            bucket = WeightBucket(version, str(self._dtype).removeprefix("torch."), plan.pieces, self._assemble(plan))
+            bucket = WeightBucket(version, self.wire_dtype, plan.pieces, payload.numpy())
             manifest.add(bucket)
             yield bucket
         if dist.get_rank() == ASSEMBLER:
             yield manifest.build()
+
+    def gather(self, plan: BucketPlan, payload: Tensor) -> bool:
+        """Put the chunks of all ranks into `payload`, uint8 on the host, of plan.num_bytes; other ranks leave theirs alone.
+
+        Collective. Returns whether this rank is the assembler.
+        """
+        if dist.get_rank() == ASSEMBLER:
+            self._assemble(plan, payload.view(self._dtype))
+            return True
+        self._send_own_part(plan)
+        return False
 
     def _send_own_part(self, plan: BucketPlan) -> None:
         chunks = plan.chunks_by_rank.get(dist.get_rank())
         if chunks:
             dist.send(torch.cat([self._source(chunk).flatten() for chunk in chunks]), dst=ASSEMBLER)
 
-    def _assemble(self, plan: BucketPlan) -> np.ndarray:
-        """The bucket's payload, a uint8 numpy array of its own."""
-        payload = torch.empty(plan.num_bytes // self._dtype.itemsize, dtype=self._dtype)
+    def _assemble(self, plan: BucketPlan, payload: Tensor) -> None:
         for rank, chunks in plan.chunks_by_rank.items():
             if rank == ASSEMBLER:
                 sources = [self._source(chunk) for chunk in chunks]
@@ -68,10 +90,9 @@ class WeightSender:
             for chunk, source in zip(chunks, sources, strict=True):
                 target = self._piece(plan, chunk.piece_index, payload)[chunk.piece_slices]
                 target.copy_(source.reshape(target.shape))
-        return payload.view(torch.uint8).numpy()
 
     def _source(self, chunk: SendChunk) -> Tensor:
-        return self._owned[chunk.box_index].data[chunk.box_slices]
+        return self._owned[chunk.box_index].data[chunk.box_slices].to(self._dtype)
 
     def _piece(self, plan: BucketPlan, index: int, payload: Tensor) -> Tensor:
         """The piece as rows of its HF tensor."""

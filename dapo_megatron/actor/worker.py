@@ -21,13 +21,15 @@ from dapo_megatron.actor.micro_batch import MicroBatchTensors, to_tensors
 from dapo_megatron.actor.optimizer import learning_rate, set_schedule
 from dapo_megatron.actor.policy import Policy, build_modules, wrap
 from dapo_megatron.actor.step import LossStatistics, compute_log_probs, train_micro_batches
+from dapo_megatron.actor.weight_pusher import WeightPusher, configured_pusher, transports
 from dapo_megatron.actor.weight_sender import WeightSender
 from dapo_megatron.config.schema import Config
 from dapo_megatron.models.architecture import Architecture
-from dapo_megatron.types import CheckpointError, NumericsError, OptimizerStepBatch, TrainBatch
+from dapo_megatron.types import CheckpointError, EngineEndpoint, NumericsError, OptimizerStepBatch, TrainBatch
 from dapo_megatron.weights.file_digest import FileDigest
 from dapo_megatron.weights.plan import compile_mapping
 from dapo_megatron.weights.sync import WeightBucket, WeightManifest
+from dapo_megatron.weights.transports.records import PushReport
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ class ActorWorker:
         load_hf(modules, self.mapping, config.model.path)
         self.policy: Policy = wrap(modules, settings, architecture, config)
         self._sender = WeightSender(self.mapping, live_boxes(modules), config.rollout.weight_bucket_mib * 2**20)
+        self._pusher: WeightPusher | None = None
 
     def train(self, batch: TrainBatch, rollout_step: int) -> dict[str, float]:
         """Old log-probs, then one optimizer step per entry of the batch. Returns the actor's metrics, equal on all ranks.
@@ -93,6 +96,12 @@ class ActorWorker:
     def send_weights(self, version: int) -> Iterator[WeightBucket | WeightManifest]:
         """The policy in HF layout: buckets, then the manifest with fingerprints. Yields on rank 0 only."""
         yield from self._sender.send(version)
+
+    def push_weights(self, version: int, endpoints: Sequence[EngineEndpoint], node: str) -> PushReport | None:
+        """Bring the policy to rollout servers, see `WeightPusher.push`; the report on rank 0, whose machine has the address `node`."""
+        if self._pusher is None:
+            self._pusher = configured_pusher(self._config, self.mapping, live_boxes(self.policy.modules))
+        return self._pusher.push(version, transports(self._config, endpoints, node))
 
     def start_save(self, directory: Path) -> None:
         """Copy weights, optimizer and random streams to host memory and begin to write them; `finish_save` must follow."""

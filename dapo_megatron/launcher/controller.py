@@ -19,8 +19,9 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast, runtime_checkable
 
 from pydantic import TypeAdapter
 
@@ -34,8 +35,9 @@ from dapo_megatron.launcher.recorded_batch import record
 from dapo_megatron.launcher.rollouts import Rollouts
 from dapo_megatron.launcher.run_folder import ACTOR, PhaseNote, RunFolder, actor_digests, read_marker, require_complete
 from dapo_megatron.rollout.sampler import RolloutBatch, Sampler, SamplerState
-from dapo_megatron.types import CheckpointError, EngineError, TrainBatch
+from dapo_megatron.types import CheckpointError, EngineEndpoint, EngineError, TrainBatch
 from dapo_megatron.weights.file_digest import FileDigest, digest_file
+from dapo_megatron.weights.transports.records import PushReport
 
 STOP_WINDOW = 10
 """Rollout steps over which train.stop_at_accuracy looks at the mean."""
@@ -47,6 +49,12 @@ class WeightSource(Protocol):
     """The part of the actor that sends weights."""
 
     def send_weights(self, version: int) -> AsyncIterator[Any]: ...
+
+
+class WeightPush(Protocol):
+    """The part of the actor that sends weights to servers."""
+
+    async def push_weights(self, version: int, endpoints: Sequence[EngineEndpoint]) -> PushReport: ...
 
 
 class ActorHandle(WeightSource, Protocol):
@@ -65,6 +73,15 @@ class EngineHandle(Protocol):
     weight_version: int
 
     async def receive(self, message: Any) -> int: ...
+
+
+@runtime_checkable
+class ServedEngines(Protocol):
+    """All servers behind one handle."""
+
+    async def update_weights(
+        self, version: int, push: Callable[[Sequence[EngineEndpoint]], Awaitable[PushReport]]
+    ) -> PushReport: ...
 
 
 class Reporter(Protocol):
@@ -178,9 +195,9 @@ class Controller:
         """Metrics of the sync; none where the engines hold that version already."""
         if version == self._version_sent:
             return {}
-        num_bytes = await sync_weights(self._actor, self._engines, version)
+        row = await sync_weights(self._actor, self._engines, version)
         self._version_sent = version
-        return {"weights/sync_bytes": num_bytes}
+        return row
 
     async def _save(self, done: bool) -> dict[str, float]:
         """Look after the save in flight, and begin one when it is time; the last one is waited for."""
@@ -237,14 +254,23 @@ class Controller:
         }
 
 
-async def sync_weights(actor: WeightSource, engines: Sequence[EngineHandle], version: int) -> int:
-    """Bring the actor's weights to every engine as `version`. Returns the bytes sent to each engine."""
+async def sync_weights(
+    actor: WeightSource | WeightPush, engines: Sequence[EngineHandle | ServedEngines], version: int
+) -> dict[str, float]:
+    """Bring the actor's weights to every engine as `version`. Returns the sync's metrics.
+
+    Servers get them from the actor's ranks; embedded engines get them in messages that pass through here.
+    """
+    first = engines[0]
+    if isinstance(first, ServedEngines):
+        report = await first.update_weights(version, partial(cast(WeightPush, actor).push_weights, version))
+        return report.metrics()
     num_bytes = 0
-    async for message in actor.send_weights(version):
-        num_bytes += (await asyncio.gather(*(engine.receive(message) for engine in engines)))[0]
+    async for message in cast(WeightSource, actor).send_weights(version):
+        num_bytes += (await asyncio.gather(*(cast(EngineHandle, engine).receive(message) for engine in engines)))[0]
     for engine in engines:
-        engine.weight_version = version
-    return num_bytes
+        cast(EngineHandle, engine).weight_version = version
+    return {"weights/sync_bytes": num_bytes}
 
 
 def _is_due(every: int, num_steps_done: int, done: bool) -> bool:

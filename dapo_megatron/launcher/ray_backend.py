@@ -35,6 +35,7 @@ from dapo_megatron.rollout.router import Decode, Router
 from dapo_megatron.types import DapoMegatronError, EngineEndpoint, EngineError, TrainBatch, WorkerDiedError
 from dapo_megatron.weights.file_digest import FileDigest
 from dapo_megatron.weights.sync import WeightBucket, WeightManifest
+from dapo_megatron.weights.transports.records import PushReport
 
 NUM_LOG_LINES = 15
 """Log lines quoted when a process dies."""
@@ -91,6 +92,9 @@ class RankProcess:
 
     def send_weights(self, version: int) -> Iterator[WeightBucket | WeightManifest]:
         yield from self._worker.send_weights(version)
+
+    def push_weights(self, version: int, endpoints: Sequence[EngineEndpoint]) -> PushReport | None:
+        return self._worker.push_weights(version, endpoints, ray.util.get_node_ip_address())
 
     def start_save(self, directory: Path) -> None:
         self._worker.start_save(directory)
@@ -197,6 +201,10 @@ class RayActor:
         finally:
             for task in feeding:
                 task.cancel()
+
+    async def push_weights(self, version: int, endpoints: Sequence[EngineEndpoint]) -> PushReport:
+        """Bring the present weights to rollout servers; servers that failed are in the report."""
+        return (await self._on_all("push_weights", version, endpoints))[0]
 
     async def start_save(self, directory: Path) -> None:
         """Begin to write a checkpoint in the background."""

@@ -92,6 +92,16 @@ _TABLE = (
     Metric("eval/truncated_fraction", "fraction", "mean", "responses to held-out prompts that reached max_response_tokens"),
     Metric("weights/version", "version", "value", "weights the engines hold after this step; grows by one per rollout step"),
     Metric("weights/sync_bytes", "bytes", "sum", "size of the weights sent to each engine"),
+    Metric(
+        "weights/sync_gb_per_second", "GB/second", "value", "of weights to each server, from the first byte to the last check"
+    ),
+    Metric(
+        "weights/sync_to_memcpy_ratio", "ratio", "value", "time of the sync over that of a plain copy of as many bytes in memory"
+    ),
+    Metric(
+        "weights/check_seconds", "seconds", "sum", "of the sync, after the last byte: servers say what they hold, it is compared"
+    ),
+    Metric("weights/num_engines_failed", "engines", "sum", "servers that did not get the version; they are started again"),
     Metric("time/rollout_seconds", "seconds", "sum", "generation, rewards and dynamic sampling"),
     Metric(
         "time/rollout_wait_seconds",

@@ -16,7 +16,9 @@ The protocol in words
 5.  Between the first bucket and the commit the engine holds a mixture of two versions and must not generate. A version that
     does not commit leaves the mixture in place; the cure is to send a whole version again.
 
-`receiver.py` is the engine's side of 4. This file has no torch: plans are made and checked anywhere.
+`receiver.py` is the embedded engine's side of 4. A server's side of 4, and how buckets reach it, is told in
+`transports/__init__.py`; a server takes whole tensors only, so its buckets are planned with `whole_tensors`: a tensor that is
+longer than `bucket_bytes` is a bucket of its own. This file has no torch: plans are made and checked anywhere.
 """
 
 from __future__ import annotations
@@ -92,20 +94,30 @@ class SendPlan:
 
     buckets: tuple[BucketPlan, ...]
 
+    @property
+    def largest_bucket_bytes(self) -> int:
+        """Length of the longest payload."""
+        return max(bucket.num_bytes for bucket in self.buckets)
+
 
 def compile_send_plan(
-    mapping: ModelMapping, boxes_by_rank: Sequence[Sequence[Box]], bucket_bytes: int, itemsize: int
+    mapping: ModelMapping,
+    boxes_by_rank: Sequence[Sequence[Box]],
+    bucket_bytes: int,
+    itemsize: int,
+    *,
+    whole_tensors: bool = False,
 ) -> SendPlan:
     """Plan the buckets of a model whose elements are owned as `boxes_by_rank[rank][box_index]`.
 
-    `itemsize` is the wire dtype's, in bytes. MappingError names the HF tensor and rows that no rank or two ranks would send.
+    `itemsize` is the wire dtype's, in bytes. `whole_tensors`: no tensor is cut over buckets. MappingError names the HF tensor and
+    rows that no rank or two ranks would send.
     """
     if bucket_bytes <= 0 or itemsize <= 0:
         raise MappingError(f"bucket_bytes ({bucket_bytes}) and itemsize ({itemsize}) must be positive; correct the call")
     copies = _copies_by_tensor(mapping, boxes_by_rank)
-    return SendPlan(
-        tuple(_plan_bucket(pieces, copies) for pieces in _cut_into_buckets(mapping.hf_tensors, bucket_bytes, itemsize))
-    )
+    cut = _whole_tensors_in_buckets if whole_tensors else _cut_into_buckets
+    return SendPlan(tuple(_plan_bucket(pieces, copies) for pieces in cut(mapping.hf_tensors, bucket_bytes, itemsize)))
 
 
 def _copies_by_tensor(mapping: ModelMapping, boxes_by_rank: Sequence[Sequence[Box]]) -> dict[str, list[tuple[int, Copy]]]:
@@ -140,6 +152,23 @@ def _cut_into_buckets(
             pieces.append(piece)
             num_bytes += piece.num_bytes
             row += piece.num_rows
+    if pieces:
+        yield tuple(pieces)
+
+
+def _whole_tensors_in_buckets(
+    hf_tensors: Mapping[str, tuple[int, ...]], bucket_bytes: int, itemsize: int
+) -> Iterator[tuple[BucketPiece, ...]]:
+    """Fill buckets with whole tensors, greedily, in their order."""
+    pieces: list[BucketPiece] = []
+    num_bytes = 0
+    for name, shape in hf_tensors.items():
+        tensor_bytes = math.prod(shape) * itemsize
+        if pieces and num_bytes + tensor_bytes > bucket_bytes:
+            yield tuple(pieces)
+            pieces, num_bytes = [], 0
+        pieces.append(BucketPiece(name, 0, shape[0], num_bytes, tensor_bytes))
+        num_bytes += tensor_bytes
     if pieces:
         yield tuple(pieces)
 

@@ -1,0 +1,52 @@
+"""How versions are sent to servers, and what came of one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Transport = Literal["tensor", "distributed", "disk"]
+
+
+@dataclass(frozen=True, slots=True)
+class PushRules:
+    """How versions are sent; the same for all of a run."""
+
+    bucket_bytes: int
+    dtype: Literal["float32", "bfloat16", "float16"]
+    """Of the engines, by its torch name; the ranks cast what they own."""
+    directory: Path | None = None
+    """For transport disk: a folder that the sender and the servers see."""
+    timeout_seconds: float = 600.0
+    """Of each call to a server."""
+    check_hashes: bool = True
+    """Compare what the engines hold with what was sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class PushReport:
+    """One version, as the assembler saw it."""
+
+    version: int
+    num_bytes: int
+    """To each server."""
+    seconds: float
+    """Of all of it."""
+    check_seconds: float
+    """Of these, after the last byte: until the engines had said what they hold and it was compared."""
+    memcpy_seconds: float
+    """What a copy of `num_bytes` from host memory to host memory takes; measured when the pusher was made."""
+    failures: Mapping[str, str] = field(default_factory=dict)
+    """Name of a server that did not get the version -> what happened."""
+
+    def metrics(self) -> dict[str, float]:
+        """For a metrics row."""
+        return {
+            "weights/sync_bytes": self.num_bytes,
+            "weights/sync_gb_per_second": self.num_bytes / self.seconds / 1e9,
+            "weights/sync_to_memcpy_ratio": self.seconds / self.memcpy_seconds,
+            "weights/check_seconds": self.check_seconds,
+            "weights/num_engines_failed": len(self.failures),
+        }
