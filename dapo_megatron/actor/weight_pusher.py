@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,10 @@ from dapo_megatron.weights.transports.tensor import TensorChannel, shared_memory
 LOOPBACK = "127.0.0.1"
 _MEMCPY_BYTES = 64 * 2**20
 _NUM_MEMCPY_RUNS = 3
+
+
+type _Kind = tuple[int, Literal["cpu", "cuda"]]
+"""tensor_parallel_size and device of a server; servers of one kind report the same hashes."""
 
 
 class WeightPusher:
@@ -57,17 +61,13 @@ class WeightPusher:
             return None
         start = time.perf_counter()
         folder = VersionFolder(self._directory(), version) if "disk" in targets.values() else None
-        layouts = {
-            ranks: HeldHashes(engine_layout(self._mapping, self._hf_config, ranks))
-            for ranks in sorted({endpoint.tensor_parallel_size for endpoint in targets})
-            if self._rules.check_hashes
-        }
+        hashes = self._hashes(targets) if self._rules.check_hashes else {}
         with ThreadPoolExecutor(len(targets) + 1) as pool:
             channels = [self._channel(endpoint, transport, version, folder) for endpoint, transport in targets.items()]
-            fan_out = FanOut(channels, list(layouts.values()), pool)
+            fan_out = FanOut(channels, list(hashes.values()), pool)
             self._send(fan_out, version)
             sent = time.perf_counter()
-            wrong = self._check(fan_out, layouts, pool) if layouts else []
+            wrong = self._check(fan_out, hashes, pool) if hashes else []
         if folder:
             folder.remove()
         if wrong:
@@ -89,14 +89,21 @@ class WeightPusher:
             fan_out.start(StagedBucket(version, index, is_last, self._sender.wire_dtype, plan, shapes, payload))
         fan_out.close()
 
-    def _check(self, fan_out: FanOut, layouts: Mapping[int, HeldHashes], pool: ThreadPoolExecutor) -> list[str]:
+    def _hashes(self, targets: Iterable[EngineEndpoint]) -> dict[_Kind, HeldHashes]:
+        itemsize = getattr(torch, self._rules.dtype).itemsize
+        return {
+            kind: HeldHashes(engine_layout(self._mapping, self._hf_config, kind[0]), kind[1], itemsize)
+            for kind in sorted({_kind(endpoint) for endpoint in targets})
+        }
+
+    def _check(self, fan_out: FanOut, hashes: Mapping[_Kind, HeldHashes], pool: ThreadPoolExecutor) -> list[str]:
         """Sentences about servers that hold something else. One that cannot be asked any more is a failure."""
-        expected = {ranks: hashes.finish() for ranks, hashes in layouts.items()}
+        expected = {kind: of_kind.finish() for kind, of_kind in hashes.items()}
         asked = {channel.endpoint: pool.submit(self._server(channel.endpoint).hashes) for channel in fan_out.alive}
         wrong = []
         for endpoint, future in asked.items():
             try:
-                sentences = differences(expected[endpoint.tensor_parallel_size], future.result())
+                sentences = differences(expected[_kind(endpoint)], future.result())
             except EngineError as error:
                 fan_out.failures[endpoint.name] = str(error)
                 continue
@@ -122,6 +129,10 @@ class WeightPusher:
                 "transport disk needs a folder that the actor and the engines see; set rollout.engine.weight_sync_dir"
             )
         return self._rules.directory
+
+
+def _kind(endpoint: EngineEndpoint) -> _Kind:
+    return endpoint.tensor_parallel_size, endpoint.device
 
 
 def configured_pusher(config: Config, mapping: ModelMapping, live: Sequence[LiveBox]) -> WeightPusher:

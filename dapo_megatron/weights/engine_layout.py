@@ -39,6 +39,11 @@ class EngineTensor:
     parts: tuple[EnginePart, ...]
     num_zeros: int = 0
 
+    @property
+    def num_elements(self) -> int:
+        """Of all parts and the zeros."""
+        return sum(math.prod(axis.stop - axis.start for axis in part.slices) for part in self.parts) + self.num_zeros
+
 
 @dataclass(frozen=True, slots=True)
 class _Line:

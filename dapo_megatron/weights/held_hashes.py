@@ -1,6 +1,7 @@
 """Hashes of what each rank of an engine must hold, made by the sender while the tensors pass by.
 
-A server reports one hash for each of its tensors: the first 64 bits of the SHA-256 of its bytes where the engine runs on a CPU.
+A server reports 64 bits for each of its tensors: of the SHA-256 of its bytes where the engine runs on a CPU, else of a hash that
+GPUs are quick at (`word_hash.py`).
 """
 
 from __future__ import annotations
@@ -8,10 +9,11 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from dapo_megatron.types import FingerprintError
 from dapo_megatron.weights.engine_layout import EngineTensor
+from dapo_megatron.weights.word_hash import WordHash
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,12 +22,21 @@ _NUM_HEX_DIGITS = 16
 _NUM_SHOWN = 3
 
 
-class HeldHashes:
-    """Of one version, for the ranks of an engine with `layout` (`engine_layout.engine_layout`)."""
+class _Hash(Protocol):
+    def update(self, data: memoryview | bytes, /) -> None: ...
+    def hexdigest(self) -> str: ...
 
-    def __init__(self, layout: Sequence[Sequence[EngineTensor]]):
+
+class HeldHashes:
+    """Of one version, for the ranks of an engine with `layout` (`engine_layout.engine_layout`) on `device`."""
+
+    def __init__(self, layout: Sequence[Sequence[EngineTensor]], device: Literal["cpu", "cuda"], itemsize: int):
+        """`itemsize` is that of the engine's dtype, in bytes."""
         self._layout = layout
-        self._hashes = [{tensor.name: hashlib.sha256() for tensor in of_rank} for of_rank in layout]
+        self._hashes: list[dict[str, _Hash]] = [
+            {tensor.name: hashlib.sha256() if device == "cpu" else WordHash(tensor.num_elements * itemsize) for tensor in of_rank}
+            for of_rank in layout
+        ]
         self._num_parts = [dict.fromkeys(hashes, 0) for hashes in self._hashes]
         self._places: dict[str, list[tuple[int, EngineTensor]]] = defaultdict(list)
         for rank, of_rank in enumerate(layout):

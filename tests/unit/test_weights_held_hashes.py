@@ -1,15 +1,19 @@
 """What a server's ranks must hold, and that any difference is named."""
 
 from hashlib import sha256
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dapo_megatron.types import FingerprintError, MappingError
 from dapo_megatron.weights.engine_layout import engine_layout
 from dapo_megatron.weights.held_hashes import HeldHashes, differences
 from dapo_megatron.weights.plan import compile_mapping
+from dapo_megatron.weights.word_hash import WordHash
 from tests.unit.weights_simulation import CONFIGS, LLAMA_TIED, QWEN2, identity_fill
 
 MOE = QWEN2 | {
@@ -47,8 +51,8 @@ def reports(config, ranks, tensors):
     ]
 
 
-def expected(config, ranks, tensors):
-    hashes = HeldHashes(engine_layout(compile_mapping(config), config, ranks))
+def expected(config, ranks, tensors, device="cpu"):
+    hashes = HeldHashes(engine_layout(compile_mapping(config), config, ranks), device, itemsize=4)
     for name in compile_mapping(config).hf_tensors:
         hashes.add(name, torch.from_numpy(tensors[name]).to(torch.float32))
     return hashes.finish()
@@ -110,6 +114,39 @@ def test_server_that_holds_what_was_sent_differs_in_nothing(ranks):
         assert differences(expected(config, ranks, tensors), reports(config, ranks, tensors)) == []
 
 
+def test_server_on_gpus_is_compared_by_its_own_hash():
+    tensors = identity_fill(QWEN2)
+    of_name = held(QWEN2, 1, tensors)[0]
+    for name, value in expected(QWEN2, 1, tensors, device="cuda")[0].items():
+        assert value == word_hash(of_name[name].astype(np.float32).tobytes())
+
+
+def word_hash(data, *cuts):
+    hash = WordHash(len(data))
+    for start, stop in pairwise([0, *cuts, len(data)]):
+        hash.update(data[start:stop])
+    return hash.hexdigest()
+
+
+GPU_HASHES = {1: "3d93a6540b54ef2a", 6: "2760c3a85edbc637", 32768: "185a46a7e5b677e7", 100001: "8ca0ad43a702763d"}
+"""What SGLang 0.5.23's `gpu_tensor_hash` gives for `hashed_bytes` of that length, recorded."""
+
+
+def hashed_bytes(num_bytes):
+    return (np.arange(num_bytes, dtype=np.uint64) * 2654435761 >> 13).astype(np.uint8).tobytes()
+
+
+@pytest.mark.parametrize("num_bytes", GPU_HASHES)
+def test_hash_is_the_one_that_servers_on_gpus_report(num_bytes):
+    assert word_hash(hashed_bytes(num_bytes)) == GPU_HASHES[num_bytes]
+
+
+@given(st.integers(1, 100_000), st.data())
+def test_hash_does_not_depend_on_how_the_bytes_come(num_bytes, data):
+    cuts = sorted(data.draw(st.lists(st.integers(0, num_bytes), max_size=4)))
+    assert word_hash(hashed_bytes(num_bytes), *cuts) == word_hash(hashed_bytes(num_bytes))
+
+
 @pytest.mark.parametrize(
     "name", ["model.layers.1.self_attn.k_proj.bias", "model.layers.0.mlp.down_proj.weight", "model.norm.weight"]
 )
@@ -136,7 +173,7 @@ def test_server_with_other_ranks_is_told_apart():
 
 
 def test_tensors_out_of_turn_or_left_out_are_refused():
-    hashes = HeldHashes(engine_layout(compile_mapping(QWEN2), QWEN2, 1))
+    hashes = HeldHashes(engine_layout(compile_mapping(QWEN2), QWEN2, 1), "cpu", itemsize=4)
     with pytest.raises(FingerprintError, match="k_proj.weight came out of turn"):
         hashes.add("model.layers.0.self_attn.k_proj.weight", torch.zeros(8, 16))
     with pytest.raises(FingerprintError, match="was not sent"):

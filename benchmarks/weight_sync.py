@@ -1,0 +1,165 @@
+"""A version of the weights from two tensor-parallel actor ranks to a SGLang server with one, by each transport.
+
+    python -m benchmarks.weight_sync --shape smollm2-135m
+
+Ranks and server are real, weights are random; seconds are those of `WeightPusher.push`, hashes compared. The ratio is to a plain copy of
+as many bytes from host memory to host memory, measured in the same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+from dapo_megatron.config.schema import Config, SglangEngineConfig
+from dapo_megatron.rollout.sglang_server import ServerSpec, SglangServer
+from dapo_megatron.types import EngineEndpoint
+from dapo_megatron.weights.transports.records import PushReport, PushRules, Transport
+
+SHAPES = {
+    "smollm2-135m": {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
+    "qwen2-1.5b": {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+}
+COMMON = {
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "torch_dtype": "bfloat16",
+}
+TRANSPORTS: tuple[Transport, ...] = ("tensor", "distributed", "disk")
+NUM_RANKS = 2
+
+
+def main() -> None:
+    """Print a row for each transport."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
+    parser.add_argument("--bucket-mib", type=int, default=128)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--no-hashes", action="store_true", help="do not compare what the server holds")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "config.json").write_text(json.dumps(COMMON | SHAPES[arguments.shape]))
+        spec = ServerSpec(
+            name="engine 0",
+            model_dir=folder,
+            config=SglangEngineConfig(dtype="bf16", max_total_tokens=4096),
+            extra={"load_format": "dummy"},
+            device="cpu",
+        )
+        rules = PushRules(
+            bucket_bytes=arguments.bucket_mib * 2**20,
+            dtype="bfloat16",
+            directory=folder / "versions",
+            check_hashes=not arguments.no_hashes,
+        )
+        server = SglangServer(spec, folder / "server.log")
+        try:
+            reports = _push(folder, server.start(600), rules, arguments.repetitions)
+        finally:
+            server.stop()
+    first = next(iter(reports.values()))[0]
+    print(
+        f"{os.cpu_count()} cores, torch {version('torch')}, sglang {version('sglang')}; {arguments.shape}, bf16, TP{NUM_RANKS} -> tp 1"
+    )
+    print(
+        f"{first.num_bytes / 1e9:.3f} GB, memcpy {first.memcpy_seconds:.3f} s ({first.num_bytes / first.memcpy_seconds / 1e9:.1f} GB/s)"
+    )
+    for transport, of_transport in reports.items():
+        seconds = sorted(report.seconds for report in of_transport)
+        median = statistics.median(seconds)
+        check = statistics.median(report.check_seconds for report in of_transport)
+        print(
+            f"{transport:12} {median:.2f} s (min {seconds[0]:.2f}, max {seconds[-1]:.2f}, n {len(seconds)}), of these {check:.2f} s "
+            f"after the last byte; {first.num_bytes / median / 1e9:.2f} GB/s, {median / first.memcpy_seconds:.1f} x memcpy"
+        )
+
+
+def _push(folder: Path, endpoint: EngineEndpoint, rules: PushRules, repetitions: int) -> dict[Transport, list[PushReport]]:
+    context = multiprocessing.get_context("spawn")
+    results: multiprocessing.Queue[dict[Transport, list[PushReport]]] = context.Queue()
+    ranks = [
+        context.Process(target=_rank, args=(rank, folder, endpoint, rules, repetitions, results)) for rank in range(NUM_RANKS)
+    ]
+    for rank in ranks:
+        rank.start()
+    try:
+        return results.get(timeout=900)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+
+
+def _rank(
+    rank: int, folder: Path, endpoint: EngineEndpoint, rules: PushRules, repetitions: int, results: multiprocessing.Queue
+) -> None:
+    from dapo_megatron.actor import cpu_adapter
+
+    cpu_adapter.install()
+    from dapo_megatron.actor.live_weights import live_boxes
+    from dapo_megatron.actor.parallel import initialize
+    from dapo_megatron.actor.policy import build_modules
+    from dapo_megatron.actor.weight_pusher import WeightPusher
+    from dapo_megatron.models.architecture import Architecture
+    from dapo_megatron.weights.plan import compile_mapping
+
+    config = Config.model_validate(
+        {
+            "model": {"path": folder, "dtype": "bf16", "transformer_impl": "local"},
+            "data": {"path": "unused"},
+            "actor": {"tensor_parallel_size": NUM_RANKS, "pad_query_groups": True},
+        }
+    )
+    hf_config = json.loads((folder / "config.json").read_text())
+    device = initialize(config, rank=rank, init_method=f"file://{folder}/rendezvous")
+    modules, _ = build_modules(Architecture.from_hf(hf_config), config, device)
+    live = live_boxes(modules)
+    for item in live:
+        item.data.normal_(std=0.02)
+    pusher = WeightPusher(compile_mapping(hf_config), hf_config, live, rules)
+    reports: dict[Transport, list[PushReport]] = {transport: [] for transport in TRANSPORTS}
+    number = 0
+    for repetition in range(repetitions + 1):
+        for transport in TRANSPORTS:
+            number += 1
+            report = pusher.push(number, {endpoint: transport})
+            if report is not None:
+                if report.failures:
+                    raise SystemExit(f"{transport}: {report.failures}")
+                if repetition:  # the first one warms up
+                    reports[transport].append(report)
+    if rank == 0:
+        results.put(reports)
+
+
+if __name__ == "__main__":
+    main()
