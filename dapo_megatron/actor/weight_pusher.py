@@ -92,7 +92,7 @@ class WeightPusher:
     def _hashes(self, targets: Iterable[EngineEndpoint]) -> dict[_Kind, HeldHashes]:
         itemsize = getattr(torch, self._rules.dtype).itemsize
         return {
-            kind: HeldHashes(engine_layout(self._mapping, self._hf_config, kind[0]), kind[1], itemsize)
+            kind: HeldHashes(engine_layout(self._mapping, self._hf_config, *kind), kind[1], itemsize)
             for kind in sorted({_kind(endpoint) for endpoint in targets})
         }
 

@@ -20,6 +20,9 @@ KNOWN_MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 VOCABULARY_MULTIPLE = 64
 """Rows of embedding and LM head are padded with zeros to a multiple of this (times the ranks, where they do not divide it)."""
 
+CPU_WIDTH_MULTIPLE = 32
+"""MLPs of engines on CPUs are padded to a multiple of this on each rank."""
+
 Cut = Literal["whole", "rows", "key_value_rows", "columns", "vocabulary"]
 
 
@@ -69,11 +72,11 @@ _TABLE = (
 
 
 def engine_layout(
-    mapping: ModelMapping, hf_config: Mapping[str, Any], tensor_parallel_size: int
+    mapping: ModelMapping, hf_config: Mapping[str, Any], tensor_parallel_size: int, device: Literal["cpu", "cuda"]
 ) -> tuple[tuple[EngineTensor, ...], ...]:
     """The tensors of each rank of an engine, in rank order.
 
-    MappingError for a model type whose layout is not known, and for a tensor that the ranks cannot share.
+    MappingError for a model type whose layout is not known, and for a tensor that the ranks cannot share or that SGLang would pad.
     """
     model_type = family_of(hf_config).model_type
     if model_type not in KNOWN_MODEL_TYPES:
@@ -82,10 +85,22 @@ def engine_layout(
             "checked after each sync; add its layout to weights/engine_layout.py"
         )
     config = with_defaults(hf_config, family_of(hf_config))
+    if device == "cpu" and tensor_parallel_size > 1:
+        _check_widths(config, tensor_parallel_size)
     num_heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     return tuple(
         tuple(_tensors_of_rank(mapping, int(num_heads), tensor_parallel_size, rank)) for rank in range(tensor_parallel_size)
     )
+
+
+def _check_widths(config: Mapping[str, Any], ranks: int) -> None:
+    for name in ("intermediate_size", "moe_intermediate_size"):
+        width = config.get(name)
+        if width is not None and width % (ranks * CPU_WIDTH_MULTIPLE):
+            raise MappingError(
+                f"{name} ({width}) must be a multiple of {ranks * CPU_WIDTH_MULTIPLE} for an engine of tensor_parallel_size {ranks} on "
+                "CPUs: SGLang would pad it, and weights could not be checked; use rollout.engine.tensor_parallel_size 1"
+            )
 
 
 def _tensors_of_rank(mapping: ModelMapping, num_key_value_heads: int, ranks: int, rank: int) -> Iterator[EngineTensor]:

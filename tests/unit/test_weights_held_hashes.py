@@ -28,7 +28,7 @@ MOE = QWEN2 | {
 
 def held(config, ranks, tensors):
     """Per rank: engine tensor -> its elements in memory order."""
-    layout = engine_layout(compile_mapping(config), config, ranks)
+    layout = engine_layout(compile_mapping(config), config, ranks, "cuda")
     return [
         {
             tensor.name: np.concatenate(
@@ -52,7 +52,7 @@ def reports(config, ranks, tensors):
 
 
 def expected(config, ranks, tensors, device="cpu"):
-    hashes = HeldHashes(engine_layout(compile_mapping(config), config, ranks), device, itemsize=4)
+    hashes = HeldHashes(engine_layout(compile_mapping(config), config, ranks, "cuda"), device, itemsize=4)
     for name in compile_mapping(config).hf_tensors:
         hashes.add(name, torch.from_numpy(tensors[name]).to(torch.float32))
     return hashes.finish()
@@ -173,7 +173,7 @@ def test_server_with_other_ranks_is_told_apart():
 
 
 def test_tensors_out_of_turn_or_left_out_are_refused():
-    hashes = HeldHashes(engine_layout(compile_mapping(QWEN2), QWEN2, 1), "cpu", itemsize=4)
+    hashes = HeldHashes(engine_layout(compile_mapping(QWEN2), QWEN2, 1, "cpu"), "cpu", itemsize=4)
     with pytest.raises(FingerprintError, match="k_proj.weight came out of turn"):
         hashes.add("model.layers.0.self_attn.k_proj.weight", torch.zeros(8, 16))
     with pytest.raises(FingerprintError, match="was not sent"):
@@ -183,9 +183,14 @@ def test_tensors_out_of_turn_or_left_out_are_refused():
 def test_layout_that_is_not_known_is_refused():
     config = QWEN2 | {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1}
     with pytest.raises(MappingError, match="mixtral.*must be one of llama, qwen2"):
-        engine_layout(compile_mapping(config), config, 1)
+        engine_layout(compile_mapping(config), config, 1, "cpu")
 
 
 def test_ranks_that_cannot_share_a_tensor_are_refused():
     with pytest.raises(MappingError, match="tensor_parallel_size must divide"):
-        engine_layout(compile_mapping(QWEN2), QWEN2, 3)
+        engine_layout(compile_mapping(QWEN2), QWEN2, 3, "cuda")
+
+
+def test_width_that_servers_on_cpus_pad_is_refused():
+    with pytest.raises(MappingError, match="intermediate_size .24. must be a multiple of 64"):
+        engine_layout(compile_mapping(QWEN2), QWEN2, 2, "cpu")
