@@ -2,7 +2,8 @@
 
 One codec: FP8 with a scale a block, as DeepSeek-V3 publishes (`quantization_config.quant_method: fp8`). Beside a weight [rows,
 columns] in e4m3 lies `NAME_scale_inv`, fp32 [ceil(rows / block), ceil(columns / block)]: the factor of each block of 128 x 128.
-It is read only, into bf16 (the product in fp32, rounded once), so any slice decodes by itself, wherever it cuts blocks.
+It is read into bf16 (the product in fp32, rounded once), so any slice decodes by itself, wherever it cuts blocks. It is written with
+the largest element of each block at the end of e4m3's range, so a slice of whole blocks encodes by itself.
 """
 
 from __future__ import annotations
@@ -63,3 +64,22 @@ def dequantise(weight: torch.Tensor, scales: torch.Tensor, slices: tuple[slice, 
         first = part.start % size
         scales = scales.repeat_interleave(size, dim=axis).narrow(axis, first, part.stop - part.start)
     return (weight.to(torch.float32) * scales).to(torch.bfloat16)
+
+
+def quantise(weight: torch.Tensor, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
+    """e4m3 of a weight [rows, columns], and its scales in fp32, of `scale_shape`. A block of zeros has scale 1.
+
+    An element comes back from `dequantise` with a relative error of at most 2**-4, and an absolute one of half a step (2**-10) of its
+    block's scale where it is small, before the rounding to bf16.
+    """
+    import torch
+
+    rows, columns = weight.shape
+    scale_rows, scale_columns = scale_shape((rows, columns), block)
+    padded = torch.zeros(scale_rows * block[0], scale_columns * block[1], dtype=torch.float32, device=weight.device)
+    padded[:rows, :columns] = weight
+    blocks = padded.view(scale_rows, block[0], scale_columns, block[1])
+    largest = blocks.abs().amax(dim=(1, 3))
+    scales = torch.where(largest > 0, largest / torch.finfo(torch.float8_e4m3fn).max, 1.0)
+    encoded = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
+    return encoded.reshape(padded.shape)[:rows, :columns].contiguous(), scales
