@@ -121,7 +121,7 @@ class WeightPusher:
         return self._groups[endpoint]
 
     def _server(self, endpoint: EngineEndpoint) -> WeightServer:
-        return WeightServer(endpoint, self._rules.timeout_seconds)
+        return WeightServer(endpoint, self._rules.timeout_seconds, self._rules.model_timeout_seconds)
 
     def _directory(self) -> Path:
         if self._rules.directory is None:
@@ -144,7 +144,8 @@ def configured_pusher(config: Config, mapping: ModelMapping, live: Sequence[Live
         bucket_bytes=config.rollout.weight_bucket_mib * 2**20,
         dtype="float32" if engine.dtype == "fp32" else "bfloat16",
         directory=engine.weight_sync_dir,
-        timeout_seconds=config.cluster.phase_deadline_seconds,
+        timeout_seconds=engine.health_deadline_seconds,
+        model_timeout_seconds=config.cluster.phase_deadline_seconds,
     )
     return WeightPusher(mapping, json.loads((config.model.path / "config.json").read_text()), live, rules)
 

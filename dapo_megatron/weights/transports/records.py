@@ -19,8 +19,10 @@ class PushRules:
     """Of the engines, by its torch name; the ranks cast what they own."""
     directory: Path | None = None
     """For transport disk: a folder that the sender and the servers see."""
-    timeout_seconds: float = 600.0
-    """Of each call to a server."""
+    timeout_seconds: float = 60.0
+    """Of a call to a server that is about one bucket."""
+    model_timeout_seconds: float = 900.0
+    """Of a call that is about all of the model: to load it from disk, to hash it."""
     check_hashes: bool = True
     """Compare what the engines hold with what was sent."""
 

@@ -15,8 +15,9 @@ from dapo_megatron.types import EngineEndpoint, EngineError, EngineLostError
 class WeightServer:
     """One server. Every call raises EngineLostError (the server is gone or late) or ServerRefusedError."""
 
-    def __init__(self, endpoint: EngineEndpoint, timeout_seconds: float):
-        self.endpoint, self._timeout_seconds = endpoint, timeout_seconds
+    def __init__(self, endpoint: EngineEndpoint, timeout_seconds: float, model_timeout_seconds: float):
+        """`model_timeout_seconds` for calls that work on the whole model at once, `timeout_seconds` for all others."""
+        self.endpoint, self._timeout_seconds, self._model_timeout_seconds = endpoint, timeout_seconds, model_timeout_seconds
 
     def begin(self) -> None:
         """Open an update. One that a sender left open is ended first."""
@@ -69,26 +70,29 @@ class WeightServer:
 
     def update_from_disk(self, directory: str, version: int) -> None:
         """Load all safetensors files of a directory."""
-        self._post("/update_weights_from_disk", {"model_path": directory, "flush_cache": False} | _naming(version))
+        body = {"model_path": directory, "flush_cache": False} | _naming(version)
+        self._post("/update_weights_from_disk", body, self._model_timeout_seconds)
 
     def hashes(self) -> list[dict[str, Any]]:
         """Of every tensor, rank by rank; see `held_hashes.differences`."""
-        ranks: list[dict[str, Any]] = self._post("/weights_checker", {"action": "checksum", "selector": "target"})["ranks"]
+        body = {"action": "checksum", "selector": "target"}
+        ranks: list[dict[str, Any]] = self._post("/weights_checker", body, self._model_timeout_seconds)["ranks"]
         return ranks
 
-    def _post(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def _post(self, path: str, body: Mapping[str, Any] | None = None, timeout_seconds: float | None = None) -> dict[str, Any]:
+        timeout_seconds = timeout_seconds or self._timeout_seconds
         address = urlsplit(self.endpoint.url)
         headers = {"Content-Type": "application/json"}
         if self.endpoint.api_key:
             headers["Authorization"] = f"Bearer {self.endpoint.api_key}"
         try:
-            with closing(HTTPConnection(address.hostname or "", address.port, timeout=self._timeout_seconds)) as connection:
+            with closing(HTTPConnection(address.hostname or "", address.port, timeout=timeout_seconds)) as connection:
                 connection.request("POST", path, json.dumps(body or {}), headers)
                 response = connection.getresponse()
                 text = response.read().decode(errors="replace")
         except TimeoutError as error:
             raise EngineLostError(
-                f"{self.endpoint.name} ({self.endpoint.url}) did not answer {path} within {self._timeout_seconds:.0f} s",
+                f"{self.endpoint.name} ({self.endpoint.url}) did not answer {path} within {timeout_seconds:.0f} s",
                 self.endpoint.name,
             ) from error
         except (OSError, HTTPException) as error:
