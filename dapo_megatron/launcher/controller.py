@@ -150,6 +150,7 @@ class Controller:
             lambda: sampler.collect(config.train.num_prompts_per_step), settled=state.rollout if state else None
         )
         self._version_sent: int | None = None
+        self._sync_metrics: dict[str, float] = {}
 
     async def run(self, start_from: Path | None = None) -> None:
         """Train to the end, from the HF weights or from a checkpoint."""
@@ -192,12 +193,11 @@ class Controller:
                 break
 
     async def _sync(self, version: int) -> dict[str, float]:
-        """Metrics of the sync; none where the engines hold that version already."""
-        if version == self._version_sent:
-            return {}
-        row = await sync_weights(self._actor, self._engines, version)
-        self._version_sent = version
-        return row
+        """Metrics of the sync that brought this version, which is now or, where the engines hold it already, was before."""
+        if version != self._version_sent:
+            self._sync_metrics = await sync_weights(self._actor, self._engines, version)
+            self._version_sent = version
+        return self._sync_metrics
 
     async def _save(self, done: bool) -> dict[str, float]:
         """Look after the save in flight, and begin one when it is time; the last one is waited for."""
