@@ -9,9 +9,10 @@ import torch
 from dapo_megatron.rollout.engine import GenerateRequest, SamplingParams
 from dapo_megatron.rollout.row_table import RowTable
 from dapo_megatron.rollout.sampling import RowParams, draw, uniforms
-from dapo_megatron.types import EngineError
+from dapo_megatron.types import EngineError, Sample
 
 CPU = torch.device("cpu")
+UNSTARTED = Sample((), (), (), "abort", "")
 
 
 def row_params(num_rows: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> RowParams:
@@ -102,9 +103,10 @@ def test_random_stream_of_a_sample_depends_neither_on_the_group_size_nor_on_the_
 
 
 def test_rows_that_finish_are_replaced_by_the_last_ones():
-    table = RowTable(max_rows=6, max_tokens=4, max_stops=2)
+    table = RowTable()
+    table.reserve(max_rows=6, max_tokens=4, max_stops=2)
     request = GenerateRequest(7, (1, 2, 3), 6, 5, SamplingParams(max_response_tokens=4, stop_token_ids=(8,)))
-    table.admit(0, request, first_sample=0, num_samples=6)
+    table.admit(0, request, first_sample=0, num_samples=6, start=UNSTARTED)
     finished = table.append(0, np.array([8, 1, 2, 8, 4, 8]), np.zeros(6))
     assert finished.tolist() == [0, 3, 5]
     sources, targets = table.remove(finished)
@@ -112,6 +114,22 @@ def test_rows_that_finish_are_replaced_by_the_last_ones():
     assert table.sample[:3].tolist() == [4, 1, 2]
     assert table.newest_tokens()[:, 0].tolist() == [4, 1, 2]
     np.testing.assert_array_equal(table.next_uniforms(0), uniforms(5, 6, 4)[[4, 1, 2], 1])
+
+
+def test_a_table_that_grows_keeps_its_rows_and_takes_samples_that_have_tokens():
+    table = RowTable()
+    table.reserve(max_rows=1, max_tokens=3, max_stops=0)
+    table.admit(0, GenerateRequest(7, (1, 2, 3), 1, 5, SamplingParams(max_response_tokens=3)), 0, 1, UNSTARTED)
+    table.append(0, np.array([9]), np.array([-0.25]))
+    table.reserve(max_rows=2, max_tokens=5, max_stops=2)
+    started = Sample((4, 6), (-1.0, -2.0), (0, 0), "abort", "")
+    params = SamplingParams(max_response_tokens=5, stop_token_ids=(8, 7))
+    table.admit(1, GenerateRequest(8, (1,), 4, 6, params), 3, 1, started)
+    assert table.newest_tokens()[:, 0].tolist() == [9, 6]
+    assert table.position.tolist() == [3, 2] and table.count.tolist() == [1, 2]
+    np.testing.assert_array_equal(table.next_uniforms(0), [uniforms(5, 1, 3)[0, 1], uniforms(6, 4, 5)[3, 2]])
+    assert table.append(0, np.array([7, 7]), np.array([-0.5, -3.0])).tolist() == [1], "a stop id of the second row alone"
+    assert table.tokens[1, :3].tolist() == [4, 6, 7] and table.log_probs[1, :3].tolist() == [-1.0, -2.0, -3.0]
 
 
 @pytest.mark.parametrize(
