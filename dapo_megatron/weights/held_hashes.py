@@ -9,22 +9,35 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
 
 from dapo_megatron.types import FingerprintError
 from dapo_megatron.weights.engine_layout import EngineTensor
 from dapo_megatron.weights.word_hash import WordHash
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _NUM_HEX_DIGITS = 16
 _NUM_SHOWN = 3
 
 
 class _Hash(Protocol):
-    def update(self, data: memoryview | bytes, /) -> None: ...
+    def update(self, data: Tensor, /) -> None: ...
     def hexdigest(self) -> str: ...
+
+
+class _Sha256:
+    """The first 64 bits."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def update(self, data: Tensor) -> None:
+        self._hash.update(memoryview(data.numpy()))
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()[:_NUM_HEX_DIGITS]
 
 
 class HeldHashes:
@@ -34,7 +47,7 @@ class HeldHashes:
         """`itemsize` is that of the engine's dtype, in bytes."""
         self._layout = layout
         self._hashes: list[dict[str, _Hash]] = [
-            {tensor.name: hashlib.sha256() if device == "cpu" else WordHash(tensor.num_elements * itemsize) for tensor in of_rank}
+            {tensor.name: _Sha256() if device == "cpu" else WordHash(tensor.num_elements * itemsize) for tensor in of_rank}
             for of_rank in layout
         ]
         self._num_parts = [dict.fromkeys(hashes, 0) for hashes in self._hashes]
@@ -55,7 +68,7 @@ class HeldHashes:
             self._hashes[rank][held.name].update(_bytes(tensor[held.parts[index].slices]))
             self._num_parts[rank][held.name] += 1
             if index + 1 == len(held.parts) and held.num_zeros:
-                self._hashes[rank][held.name].update(bytes(held.num_zeros * tensor.element_size()))
+                self._hashes[rank][held.name].update(_zeros(held.num_zeros * tensor.element_size()))
 
     def finish(self) -> tuple[dict[str, str], ...]:
         """Name -> hash of each rank. FingerprintError when a tensor has not come."""
@@ -64,7 +77,7 @@ class HeldHashes:
                 if self._num_parts[rank][tensor.name] != len(tensor.parts):
                     missing = tensor.parts[self._num_parts[rank][tensor.name]].hf_name
                     raise FingerprintError(f"{missing} was not sent; send every tensor before the version ends")
-        return tuple({name: hash.hexdigest()[:_NUM_HEX_DIGITS] for name, hash in hashes.items()} for hashes in self._hashes)
+        return tuple({name: hash.hexdigest() for name, hash in hashes.items()} for hashes in self._hashes)
 
 
 def differences(expected: Sequence[Mapping[str, str]], reported: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -90,7 +103,9 @@ def differences(expected: Sequence[Mapping[str, str]], reported: Sequence[Mappin
     return sentences
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    import torch
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+def _zeros(num_bytes: int) -> Tensor:
+    return torch.zeros(num_bytes, dtype=torch.uint8)

@@ -124,7 +124,7 @@ def test_server_on_gpus_is_compared_by_its_own_hash():
 def word_hash(data, *cuts):
     hash = WordHash(len(data))
     for start, stop in pairwise([0, *cuts, len(data)]):
-        hash.update(data[start:stop])
+        hash.update(torch.frombuffer(bytearray(data), dtype=torch.uint8)[start:stop])
     return hash.hexdigest()
 
 
