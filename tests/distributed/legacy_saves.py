@@ -88,3 +88,44 @@ def random_streams() -> list[dict[str, Any]]:
             "rng_tracker_states": {"model-parallel-rng": torch.get_rng_state()},
         }
     ]
+
+
+def load_legacy(rank: int, init_method: str, layout: Config, checkpoint: Path) -> int:
+    """Every rank loads its file with Megatron-LM's own loader, strictly, and must hold what it would hold of the HF directory.
+
+    Returns how many parameters were compared.
+    """
+    import torch
+    from megatron.core.safe_globals import register_safe_globals
+    from megatron.training.checkpointing import _load_base_checkpoint, load_args_from_checkpoint
+
+    from dapo_megatron.actor.live_weights import load_hf
+    from dapo_megatron.weights.plan import compile_mapping
+
+    register_safe_globals()
+    mapping = compile_mapping(json.loads((layout.model.path / "config.json").read_text()))
+    num_compared = 0
+    for layout_rank in range(layout.actor.world_size):
+        with rank_of(layout, layout_rank) as modules:
+            arguments = argparse.Namespace(
+                load=str(checkpoint),
+                non_persistent_global_ckpt_dir=None,
+                non_persistent_ckpt_type=None,
+                exit_on_missing_checkpoint=True,
+                use_tokenizer_model_from_checkpoint_args=False,
+                use_mp_args_from_checkpoint_args=True,
+                ckpt_format="torch",
+            )
+            arguments, _ = load_args_from_checkpoint(arguments)
+            assert arguments.tensor_model_parallel_size == layout.actor.tensor_parallel_size
+            assert arguments.virtual_pipeline_model_parallel_size == layout.actor.virtual_pipeline_size
+            state, _, is_release, _ = _load_base_checkpoint(str(checkpoint), arguments)
+            assert not is_release and state["iteration"] == ITERATION
+            for index, module in enumerate(modules):
+                module.load_state_dict(state[f"model{index}" if len(modules) > 1 else "model"], strict=True)
+            found = [parameter.detach().clone() for module in modules for parameter in module.parameters()]
+            load_hf(modules, mapping, layout.model.path)
+            wanted = [parameter.detach() for module in modules for parameter in module.parameters()]
+            assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+            num_compared += len(found)
+    return num_compared

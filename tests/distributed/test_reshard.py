@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from tests.distributed import programs
-from tests.distributed.legacy_saves import ITERATION, save_legacy
+from tests.distributed.legacy_saves import ITERATION, load_legacy, save_legacy
 from tests.distributed.ranks import run_ranks
+from tests.legacy import write_legacy
 from tests.tiny_models import make_hf_model
 from tests.tools import Tool
 
@@ -60,6 +61,15 @@ def test_every_layout_comes_out_as_megatron_core_has_it(tool: Tool, tmp_path: Pa
         assert_same_files(out, saved[target])
         outcome = tool("verify", out, hf_dir)
         assert outcome.code == 0 and "bit-exact" in outcome.out, outcome.out + outcome.err
+
+
+def test_megatron_lm_loads_what_was_resharded(tool: Tool, tmp_path: Path):
+    hf_dir = make_hf_model(tmp_path / "hf", "qwen3_moe")
+    source = write_legacy(hf_dir, tmp_path / "source", make_vocab_size_divisible_by=1)
+    layout = TP2_PP2_EP2 | {"virtual_pipeline_size": 2}
+    assert tool("reshard", source, tmp_path / "out", *options_of(layout)).code == 0
+    (num_compared,) = run_ranks(load_legacy, 1, programs.make_config(hf_dir, **layout), tmp_path / "out")
+    assert num_compared > 8 * 2 * 8
 
 
 def options_of(layout: dict[str, int]) -> list[object]:
