@@ -195,14 +195,14 @@ def _padded_vocabulary(options: Options, reader: LegacyReader, layout: Layout) -
     size = options.vocab_size or reader.argument("vocab_size")
     if size is None:
         padded = padded_size(rows, divisible_by, layout)
-        said = "" if padded == rows else f", {padded - rows:,} rows of zeros are added"
+        said = "" if padded == rows else f", {count(padded - rows, 'row')} of zeros added"
         return padded, f"vocabulary: {rows:,} rows are kept, padding or not{said}; --vocab-size tells how many are no padding"
     if not 0 < size <= rows:
         raise ConfigError([f"--vocab-size ({size}) must be in 1..{rows}, the rows of the embedding"])
     padded = padded_size(size, divisible_by, layout)
     if padded == rows:
         return padded, None
-    change = f"{rows - padded:,} rows of padding are cut" if padded < rows else f"{padded - rows:,} rows of zeros are added"
+    change = f"{count(rows - padded, 'row')} of padding cut" if padded < rows else f"{count(padded - rows, 'row')} of zeros added"
     return padded, f"vocabulary: {size:,} tokens padded to {padded:,} rows, {rows:,} before: {change}"
 
 

@@ -134,7 +134,7 @@ def test_experts_of_a_grouped_linear_keep_their_names(tool: Tool, tmp_path: Path
 def test_vocabulary_is_padded_anew_and_padding_rows_are_said(tool: Tool, tmp_path: Path, hf_dir: Path):
     source = write_legacy(hf_dir, tmp_path / "source")
     outcome = tool("reshard", source, tmp_path / "tp2", "--tensor", 2)
-    assert "vocabulary: 101 tokens padded to 256 rows, 101 before: 155 rows of zeros are added" in outcome.out
+    assert "vocabulary: 101 tokens padded to 256 rows, 101 before: 155 rows of zeros added" in outcome.out
     parts = [load_rank(tmp_path / "tp2", f"mp_rank_0{rank}") for rank in (0, 1)]
     assert [part["args"].padded_vocab_size for part in parts] == [256, 256]
     rows = torch.cat([part["model"][WORD_EMBEDDINGS] for part in parts])
@@ -142,12 +142,12 @@ def test_vocabulary_is_padded_anew_and_padding_rows_are_said(tool: Tool, tmp_pat
     change_rank(tmp_path / "tp2", "mp_rank_00", lambda content: content["model"][WORD_EMBEDDINGS][110:].fill_(7))
     options = ("--tensor", 1, "--make-vocab-size-divisible-by", 4)
     outcome = tool("reshard", tmp_path / "tp2", tmp_path / "tp1", *options)
-    assert "vocabulary: 101 tokens padded to 104 rows, 256 before: 152 rows of padding are cut" in outcome.out
+    assert "vocabulary: 101 tokens padded to 104 rows, 256 before: 152 rows of padding cut" in outcome.out
     assert load_rank(tmp_path / "tp1", "mp_rank_00")["model"][WORD_EMBEDDINGS].equal(rows[:104])
     for rank in ("mp_rank_00", "mp_rank_01"):
         change_rank(tmp_path / "tp2", rank, lambda content: delattr(content["args"], "vocab_size"))
     outcome = tool("reshard", tmp_path / "tp2", tmp_path / "tp8", "--tensor", 4, "--force")
-    assert "256 rows are kept, padding or not, 256 rows of zeros are added; --vocab-size tells" in outcome.out
+    assert "256 rows are kept, padding or not, 256 rows of zeros added; --vocab-size tells" in outcome.out
     assert "must be in 1..256" in tool("reshard", tmp_path / "tp2", tmp_path / "x", "--vocab-size", 300).error
 
 
