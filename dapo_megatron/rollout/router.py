@@ -133,6 +133,11 @@ class Router:
         """Of the engines that a weight update goes to: all that are not lost."""
         return tuple(engine.client.endpoint for engine in self._engines if engine.state is not _State.LOST)
 
+    @property
+    def serving(self) -> tuple[EngineEndpoint, ...]:
+        """Of the engines that take requests now."""
+        return tuple(engine.client.endpoint for engine in self._engines if engine.state is _State.SERVING)
+
     def generate(self, requests: Sequence[GenerateRequest]) -> AsyncGenerator[GenerateResult, None]:
         """See `Generator.generate`. EngineError when no engine could be brought back within the deadline."""
         for request in requests:

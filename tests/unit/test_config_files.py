@@ -13,7 +13,7 @@ OVER = {"aime2024": "dapo_qwen2.5_32b"}
 
 
 def test_shipped_configs_are_found():
-    assert {file.stem for file in CONFIGS} >= {"quickstart", "smollm2_gsm8k", "dapo_qwen2.5_32b", "aime2024"}
+    assert {file.stem for file in CONFIGS} >= {"quickstart", "quickstart_sglang", "smollm2_gsm8k", "dapo_qwen2.5_32b", "aime2024"}
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
@@ -23,6 +23,7 @@ def test_shipped_config_loads_and_lacks_nothing_but_its_files(file, tmp_path, mo
     config = load_config([file.with_stem(base), file] if base != file.stem else [file])
     hf_configs = {
         "quickstart": {"num_attention_heads": 4, "num_hidden_layers": 4, "intermediate_size": 128},
+        "quickstart_sglang": {"num_attention_heads": 4, "num_hidden_layers": 4, "intermediate_size": 128},
         "smollm2_gsm8k": {
             "num_attention_heads": 9,
             "num_key_value_heads": 3,

@@ -1,0 +1,83 @@
+"""What needs no SGLang: the guard of a server's processes, and ports."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dapo_megatron.config.schema import SglangEngineConfig
+from dapo_megatron.rollout.sglang_server import ServerSpec, SglangServer, free_port
+from dapo_megatron.types import EngineError
+
+GUARD = [sys.executable, "-m", "dapo_megatron.rollout.process_guard"]
+TREE = ["bash", "-c", "sleep 1000 & echo $! >&2; sleep 1000"]
+
+
+def guarded(*command: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*GUARD, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+    )
+
+
+def is_gone(pid: int) -> bool:
+    """Ended, or a zombie that nobody has waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def wait_until_gone(*pids: int) -> None:
+    end = time.monotonic() + 10
+    while not all(map(is_gone, pids)):
+        assert time.monotonic() < end, f"one of {pids} still runs"
+        time.sleep(0.01)
+
+
+def test_guard_ends_the_whole_tree_when_its_holder_is_killed():
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"import subprocess, time; subprocess.Popen({GUARD + TREE}, stdin=subprocess.PIPE); time.sleep(99)",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout and holder.stderr
+    server, child = int(holder.stdout.readline()), int(holder.stderr.readline())
+    assert not is_gone(server) and not is_gone(child)
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    wait_until_gone(server, child)
+    holder.stdout.close()
+    holder.stderr.close()
+
+
+def test_guard_ends_the_children_of_a_command_that_ended_and_has_its_exit_code():
+    with guarded("bash", "-c", "sleep 1000 & echo $! >&2; exit 3") as guard:
+        assert guard.stderr
+        child = int(guard.stderr.readline())
+        assert guard.wait(10) == 3
+        wait_until_gone(child)
+
+
+def test_port_in_use_is_named(tmp_path: Path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        spec = ServerSpec(name="engine 0", model_dir=tmp_path, config=SglangEngineConfig(), extra={}, device="cpu", port=port)
+        with pytest.raises(EngineError, match=f"engine 0 cannot listen on 127.0.0.1:{port}: the port is in use"):
+            SglangServer(spec, tmp_path / "log").start(10)
+
+
+def test_free_port_can_be_listened_on():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", free_port("127.0.0.1")))
