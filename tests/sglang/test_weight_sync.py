@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.timeout(400),
 ]
 
-FAMILIES = {"qwen2": 2, "llama": 1, "qwen3": 2, "qwen3_moe": 1}
+FAMILIES = {"qwen2": 2, "llama": 1, "qwen3": 1, "qwen3_moe": 2}
 """Family -> tensor_parallel_size of its engine."""
 LAYOUTS: dict[str, dict[str, Any]] = {"tp1": {}, "tp2": {"tensor_parallel_size": 2}, "pp2": {"pipeline_parallel_size": 2}}
 TRANSPORTS: dict[str, tuple[Transport, ...]] = {
@@ -49,6 +49,7 @@ TRANSPORT_AT_DEATH: dict[str, Transport] = {
     "qwen3_moe": "distributed",
 }
 SIZES = {"num_hidden_layers": 2, "intermediate_size": 128, "max_position_embeddings": 2048}
+MOE_SIZES = {"moe_intermediate_size": 64}
 PROMPTS = [[5, 17, 33, 2], [90, 4], [8, 8, 61, 44, 29, 73, 11], [100, 1, 50]]
 NUM_NEW_TOKENS = 12
 MAX_DIFFERENCE = 1e-5
@@ -75,7 +76,7 @@ class Served:
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     family: str = request.param
     folder = tmp_path_factory.mktemp(family)
-    model = make_hf_model(folder / "model", family, **SIZES)
+    model = make_hf_model(folder / "model", family, **SIZES | MOE_SIZES if family == "qwen3_moe" else SIZES)
     config = SglangEngineConfig(tensor_parallel_size=FAMILIES[family], dtype="fp32", max_total_tokens=4096)
     server = SglangServer(ServerSpec(name="engine 0", model_dir=model, config=config, extra={}, device="cpu"), folder / "log")
     try:
@@ -135,7 +136,7 @@ def test_server_generates_with_the_weights_of_the_ranks(served: Served, layout: 
 
 def test_requests_in_flight_go_on_with_the_new_weights(served: Served, tmp_path: Path):
     """Paused in place, updated, continued: one response of two versions, and the server says which token is whose."""
-    num_tokens, first_token, events = 400, threading.Event(), []
+    num_tokens, first_token, events = 200, threading.Event(), []
     old = served.version
     body = {"input_ids": [7, 9], "stream": True, "sampling_params": {"max_new_tokens": num_tokens, "ignore_eos": True}}
 

@@ -15,7 +15,7 @@ import pytest
 from dapo_megatron.config.schema import Config
 from dapo_megatron.data.loader import PromptStream
 from dapo_megatron.data.prompts import DataReport, PromptSet
-from dapo_megatron.launcher.controller import Controller, PhaseClock, read_state
+from dapo_megatron.launcher.controller import Controller, PhaseClock, read_state, sync_weights
 from dapo_megatron.launcher.identity import RunIdentity
 from dapo_megatron.launcher.recorded_batch import read_recorded
 from dapo_megatron.launcher.run_folder import RunFolder
@@ -24,6 +24,7 @@ from dapo_megatron.rollout.sampler import SamplerRules
 from dapo_megatron.rollout.wave_sampler import WaveSampler
 from dapo_megatron.types import CheckpointError, EngineError, LogProbError, Prompt, Sample, Score, TrainBatch
 from dapo_megatron.weights.file_digest import FileDigest
+from dapo_megatron.weights.transports.records import PushReport
 
 
 class FakeActor:
@@ -285,3 +286,33 @@ def test_what_is_no_recorded_batch_is_said(tmp_path: Path, content: bytes | None
         file.write_bytes(content)
     with pytest.raises(CheckpointError, match="no recorded batch"):
         read_recorded(tmp_path)
+
+
+class FakeServers:
+    """Servers behind one handle: they ask the actor for their weights."""
+
+    endpoints = ("engine 0", "engine 1")
+
+    async def update_weights(self, version: int, push: Any) -> PushReport:
+        return await push(self.endpoints)
+
+
+class PushingActor:
+    def __init__(self) -> None:
+        self.pushed: list[tuple[int, Any]] = []
+
+    async def push_weights(self, version: int, endpoints: Any) -> PushReport:
+        self.pushed.append((version, endpoints))
+        return PushReport(version, 3 * 10**9, seconds=6.0, check_seconds=1.0, memcpy_seconds=0.5, failures={"engine 1": "gone"})
+
+
+async def test_servers_get_their_weights_from_the_ranks_and_the_row_says_how_fast():
+    actor = PushingActor()
+    assert await sync_weights(actor, [FakeServers()], 7) == {
+        "weights/sync_bytes": 3 * 10**9,
+        "weights/sync_gb_per_second": 0.5,
+        "weights/sync_to_memcpy_ratio": 12.0,
+        "weights/check_seconds": 1.0,
+        "weights/num_engines_failed": 1,
+    }
+    assert actor.pushed == [(7, FakeServers.endpoints)]
