@@ -4,7 +4,8 @@
 
 The command gets a process group of its own. The guard prints its pid, then waits for whichever comes first: the command ends
 (the guard exits with its code), or the guard's standard input closes, which a dead parent does however it died. In both cases
-nothing of the group is left. Imports nothing but the standard library: it starts in milliseconds.
+nothing of the group is left. The guard is a child of the process that was asked for: Ray kills the children of a worker that it ends,
+and a guard that were one would leave the command behind. Imports nothing but the standard library: it starts in milliseconds.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ STOP_SECONDS = 10.0
 
 
 def main(command: list[str]) -> int:
-    """Returns the exit code of the command; negative for a signal, as subprocess does."""
+    """Returns the exit code of the command; for a signal the one that a shell gives."""
+    if guard := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(guard, 0)[1])
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, start_new_session=True)
     print(process.pid, flush=True)
     ended = os.pidfd_open(process.pid)
@@ -34,7 +37,8 @@ def main(command: list[str]) -> int:
         with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_SECONDS)
     _signal_group(process.pid, signal.SIGKILL)
-    return process.wait()
+    code = process.wait()
+    return code if code >= 0 else 128 - code
 
 
 def _signal_group(group: int, number: int) -> None:

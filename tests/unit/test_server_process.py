@@ -60,6 +60,16 @@ def test_guard_ends_the_whole_tree_when_its_holder_is_killed():
     holder.stderr.close()
 
 
+def test_command_ends_when_its_holder_and_the_holders_children_are_killed():
+    """As Ray does it."""
+    with guarded("bash", "-c", "sleep 1000") as guard:
+        assert guard.stdout and guard.stdin
+        server = int(guard.stdout.readline())
+        guard.kill()
+        guard.stdin.close()
+        wait_until_gone(server)
+
+
 def test_guard_ends_the_children_of_a_command_that_ended_and_has_its_exit_code():
     with guarded("bash", "-c", "sleep 1000 & echo $! >&2; exit 3") as guard:
         assert guard.stderr
