@@ -59,7 +59,6 @@ OWNED_SERVER_ARGUMENTS: Mapping[str, str] = {
     "max_running_requests": "rollout.engine.max_running_requests",
     "max_total_tokens": "rollout.engine.max_total_tokens",
     "stream_interval": "rollout.engine.stream_interval_tokens",
-    "enable_return_routed_experts": "rollout.engine.return_routed_experts",
     "random_seed": "run.seed",
     "device": "the machine",
     "host": "the launcher",
@@ -213,8 +212,6 @@ def _servers_of_model(config: Config, hf_config: Mapping[str, Any]) -> Iterator[
             f"rollout.engine.tensor_parallel_size ({engine.tensor_parallel_size}) must divide num_attention_heads ({num_heads}) of "
             f"{config.model.path}; use {either(_divisors(num_heads, limit=64))}."
         )
-    if engine.return_routed_experts and hf_config.get("model_type") in SUPPORTED_MODEL_TYPES:
-        yield f"rollout.engine.return_routed_experts must be false: {config.model.path} has no experts; remove it."
 
 
 def _step_sizes(config: Config) -> Iterator[str]:

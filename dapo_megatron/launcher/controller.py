@@ -83,6 +83,8 @@ class ServedEngines(Protocol):
         self, version: int, push: Callable[[Sequence[EngineEndpoint]], Awaitable[PushReport]]
     ) -> PushReport: ...
 
+    async def release_memory(self) -> None: ...
+
 
 class Reporter(Protocol):
     """Takes the row of each finished rollout step."""
@@ -175,7 +177,7 @@ class Controller:
             if self._config.train.record_batch_of_step == step + 1:
                 record(batch, self._folder.path, step + 1)
             if batch.optimizer_steps:  # no group with signal: nothing to learn, go on
-                row |= await self._clock.run("train", self._actor.train(batch, step))
+                row |= await self._clock.run("train", self._train(batch, step))
                 self._alarm.check(row, step + 1)
             del rollout, batch  # else two steps' tokens are in memory while the next ones are generated
             done = step + 1 == last or self._accurate_enough(row)
@@ -191,6 +193,13 @@ class Controller:
             self._report(self._finished_row(row))
             if done:
                 break
+
+    async def _train(self, batch: TrainBatch, step: int) -> dict[str, float]:
+        """Servers on the actor's devices leave it their memory; the sync that follows gives it back."""
+        takes_turns = self._config.cluster.placement == "colocated" and not self._config.train.rollout_lag
+        if takes_turns and isinstance(self._engines[0], ServedEngines):
+            await self._engines[0].release_memory()
+        return await self._actor.train(batch, step)
 
     async def _sync(self, version: int) -> dict[str, float]:
         """Metrics of the sync that brought this version, which is now or, where the engines hold it already, was before."""

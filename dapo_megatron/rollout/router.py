@@ -5,6 +5,11 @@
             ├─> the request goes to another one, each sample after the tokens that have arrived
             └─> the engine is started again ──> current weights, proven ──> serves
 
+Engines that share devices with the actor take turns with it, in this order:
+
+    rollout ──> release KV cache and weights ──> the actor trains ──> take back weights ──> they are updated
+            ──> take back KV cache ──> rollout
+
 A group stays together, so that its prompt is computed once. Engines are watched while requests run. Sampling under SGLang is not
 reproducible bit by bit: `GenerateRequest.seed` has no effect.
 """
@@ -68,6 +73,8 @@ class _Routed:
     state: _State = _State.SERVING
     outstanding_tokens: float = 0.0
     """Estimate of what it still has to compute."""
+    is_released: bool = False
+    """Its memory is the actor's at the moment."""
     last_sign: float = 0.0
     """When it was last heard of, by time.monotonic."""
     loss: asyncio.Event = field(default_factory=asyncio.Event)
@@ -173,6 +180,16 @@ class Router:
             finally:
                 await _end(waiting)
 
+    async def release_memory(self) -> None:
+        """Leave the GPUs to the actor until the next `update_weights`; nothing happens on CPUs, which have nothing to release.
+
+        EngineError while a request is in work.
+        """
+        if self._flights:
+            raise EngineError(f"{len(self._flights)} requests are in work; memory is released between rollouts only.")
+        on_gpus = [engine for engine in self._engines if engine.client.endpoint.device == "cuda"]
+        await self._on_each([engine for engine in on_gpus if engine.state is _State.SERVING], self._release)
+
     async def update_weights[Report: UpdateReport](
         self, version: int, push: Callable[[Sequence[EngineEndpoint]], Awaitable[Report]]
     ) -> Report:
@@ -182,12 +199,38 @@ class Router:
         """
         async with self._updating:
             while True:
+                await self._on_each(await self._reachable(), self._take_back_weights)
                 engines = await self._reachable()
                 report = await push([engine.client.endpoint for engine in engines])
                 self._weight_version = version
                 updated = await asyncio.gather(*(self._has_update(engine, report.failures, version) for engine in engines))
                 if any(updated):
                     return report
+
+    async def _on_each(self, engines: Sequence[_Routed], call: Callable[[_Routed], Awaitable[None]]) -> None:
+        """At the same time; an engine that is lost is noted, not raised."""
+
+        async def one(engine: _Routed) -> None:
+            try:
+                await call(engine)
+            except EngineLostError as error:
+                self._lose(engine, error)
+
+        await asyncio.gather(*map(one, engines))
+
+    async def _release(self, engine: _Routed) -> None:
+        await engine.client.flush_cache(CALL_SECONDS)  # waits for what an abort has left running
+        await engine.client.release_memory(["kv_cache", "weights"], CALL_SECONDS)
+        engine.is_released = True
+
+    async def _take_back_weights(self, engine: _Routed) -> None:
+        if engine.is_released:
+            await engine.client.resume_memory(["weights"], CALL_SECONDS)
+
+    async def _take_back_cache(self, engine: _Routed) -> None:
+        if engine.is_released:
+            await engine.client.resume_memory(["kv_cache"], CALL_SECONDS)
+            engine.is_released = False
 
     async def _has_update(self, engine: _Routed, failures: Mapping[str, str], version: int) -> bool:
         """Whether the engine holds the version; then it serves, else it is lost."""
@@ -196,6 +239,7 @@ class Router:
                 raise EngineLostError(
                     f"{engine.name} did not take weight version {version}: {failures[engine.name]}", engine.name
                 )
+            await self._take_back_cache(engine)
             await self._take_on(engine, version)
         except EngineLostError as error:
             self._lose(engine, error)
@@ -211,7 +255,7 @@ class Router:
         await asyncio.gather(*(engine.client.close() for engine in self._engines))
 
     def _client(self, endpoint: EngineEndpoint) -> SglangEngine:
-        return SglangEngine(endpoint, return_routed_experts=self._config.return_routed_experts)
+        return SglangEngine(endpoint)
 
     async def _complete(self, flight: _Flight) -> GenerateResult:
         """One request to its end, over as many engines as it takes."""
@@ -389,6 +433,7 @@ class Router:
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
             engine.client, engine.loss, engine.state = self._client(endpoint), asyncio.Event(), _State.FRESH
+            engine.is_released = False
             self._notify()
             async with self._updating:
                 if engine.state is not _State.FRESH:  # an update has been here before

@@ -42,16 +42,13 @@ class Piece:
     """None: more will come."""
     reason: str = ""
     """Why the server ended it, for an abort."""
-    routed_experts: str | None = None
-    """base64 of int32 [prompt and response tokens - 1, layers, top-k], at the end of the sample."""
 
 
 class SglangEngine:
     """A client of one server; to be used in one event loop, and closed there."""
 
-    def __init__(self, endpoint: EngineEndpoint, *, return_routed_experts: bool = False):
+    def __init__(self, endpoint: EngineEndpoint):
         self.endpoint = endpoint
-        self._return_routed_experts = return_routed_experts
         self._open_session: aiohttp.ClientSession | None = None
 
     async def close(self) -> None:
@@ -79,7 +76,6 @@ class SglangEngine:
             "sampling_params": [common | {"max_new_tokens": item.max_new_tokens} for item in continuations],
             "return_logprob": True,
             "stream": True,
-            "return_routed_experts": self._return_routed_experts,
         }
         counts = [0] * len(continuations)
         unfinished = set(range(len(continuations)))
@@ -204,7 +200,6 @@ def _piece(event: dict[str, Any], num_before: int) -> Piece:
         weight_versions=_versions(meta, num_before, num_before + len(token_ids)),
         finish_reason=finish.get("type"),
         reason=str(finish.get("message") or ""),
-        routed_experts=meta.get("routed_experts"),
     )
 
 

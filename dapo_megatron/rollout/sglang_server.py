@@ -154,6 +154,8 @@ class SglangServer:
             yaml.safe_dump({name.replace("_", "-"): value for name, value in self._arguments().items()}, file)
         command = [sys.executable, "-m", "dapo_megatron.rollout.process_guard"]
         command += [sys.executable, "-m", "sglang.launch_server", "--config", path]
+        self._log_file.touch()
+        self._log_file.chmod(0o600)  # SGLang writes its arguments there, the key among them
         with self._log_file.open("a") as log:
             self._guard = subprocess.Popen(
                 command,
@@ -190,7 +192,6 @@ class SglangServer:
             "skip_tokenizer_init": True,
             "incremental_streaming_output": True,
             "stream_interval": config.stream_interval_tokens,
-            "enable_return_routed_experts": config.return_routed_experts,
             "enable_memory_saver": spec.memory_saver and spec.device == "cuda",
         }
         machine = cpu_arguments(config.tensor_parallel_size) if spec.device == "cpu" else {}

@@ -20,6 +20,7 @@ class FakeServer:
         """Token ids that samples of this server began with."""
         self.aborted: set[str] = set()
         self.num_flushes = 0
+        self.memory_calls: list[str] = []
         self.may_generate = asyncio.Event()
         self.may_generate.set()
         self.hangs = asyncio.Event()
@@ -30,6 +31,8 @@ class FakeServer:
         app = web.Application()
         app.router.add_post("/generate", self._generate)
         app.router.add_post("/abort_request", self._abort)
+        app.router.add_post("/release_memory_occupation", self._release)
+        app.router.add_post("/resume_memory_occupation", self._resume)
         app.router.add_post("/flush_cache", self._flush_cache)
         app.router.add_get("/model_info", self._model_info)
         app.router.add_get("/health_generate", self._health)
@@ -38,7 +41,7 @@ class FakeServer:
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
         await site.start()
         host, port = self._runner.addresses[0][:2]
-        return EngineEndpoint(self.name, f"http://{host}:{port}", 1, "cpu")
+        return EngineEndpoint(self.name, f"http://{host}:{port}", 1, "cuda")
 
     async def die(self) -> None:
         """Connections are reset and nobody listens any more."""
@@ -65,6 +68,14 @@ class FakeServer:
     async def _flush_cache(self, request: web.Request) -> web.Response:
         self.num_flushes += 1
         return web.Response(text="Cache flushed.")
+
+    async def _release(self, request: web.Request) -> web.Response:
+        self.memory_calls += [f"release {tag}" for tag in (await request.json())["tags"]]
+        return web.json_response(None)
+
+    async def _resume(self, request: web.Request) -> web.Response:
+        self.memory_calls += [f"resume {tag}" for tag in (await request.json())["tags"]]
+        return web.json_response(None)
 
     async def _abort(self, request: web.Request) -> web.Response:
         self.aborted.add((await request.json())["rid"])

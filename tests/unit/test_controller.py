@@ -296,6 +296,9 @@ class FakeServers:
     async def update_weights(self, version: int, push: Any) -> PushReport:
         return await push(self.endpoints)
 
+    async def release_memory(self) -> None:
+        pass
+
 
 class PushingActor:
     def __init__(self) -> None:

@@ -85,6 +85,7 @@ async def fleet(num_servers: int = 2, **settings) -> AsyncIterator[tuple[Router,
 async def update(router: Router, state: Fleet, version: int, failures: Sequence[str] = ()) -> None:
     async def push(endpoints: Sequence[EngineEndpoint]) -> Report:
         for endpoint in endpoints:
+            state.servers[endpoint.name].memory_calls.append("update")
             if endpoint.name not in failures:
                 state.servers[endpoint.name].weight_version = version
         return Report(dict.fromkeys(failures, "did not answer"))
@@ -232,3 +233,25 @@ async def test_finished_samples_of_a_started_request_are_returned_as_they_are():
         assert result.samples[0].token_ids.tolist() == [50, 2] and result.samples[0].finish_reason == "stop"
         assert result.samples[1].token_ids.tolist() == tokens(8)
         assert state.servers["engine 0"].prompts == [[*PROMPT, 3]]
+
+
+async def test_engines_take_turns_with_the_actor_weights_first():
+    async with fleet(1) as (router, state):
+        server = state.servers["engine 0"]
+        await update(router, state, 1)
+        await complete(router, request(0))
+        await router.release_memory()
+        await update(router, state, 2)
+        assert_whole((await complete(router, request(0)))[0], version=2)
+        turn = ["release kv_cache", "release weights", "resume weights", "update", "resume kv_cache"]
+        assert server.memory_calls == ["update", *turn]
+
+
+async def test_memory_is_not_released_under_a_request():
+    async with fleet(1) as (router, state):
+        state.servers["engine 0"].seconds_per_token = 0.01
+        work = asyncio.ensure_future(complete(router, request(0)))
+        await asyncio.sleep(0)
+        with pytest.raises(EngineError, match="1 requests are in work"):
+            await router.release_memory()
+        await work
