@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import statistics
 import tempfile
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -112,7 +113,11 @@ def _push(folder: Path, endpoint: EngineEndpoint, rules: PushRules, repetitions:
     for rank in ranks:
         rank.start()
     try:
-        return results.get(timeout=900)
+        while results.empty():
+            if any(rank.exitcode for rank in ranks):
+                raise SystemExit("a rank failed; its words are above")
+            time.sleep(0.1)
+        return results.get()
     finally:
         for rank in ranks:
             rank.kill()

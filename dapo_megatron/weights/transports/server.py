@@ -70,7 +70,7 @@ class WeightServer:
 
     def update_from_disk(self, directory: str, version: int) -> None:
         """Load all safetensors files of a directory."""
-        body = {"model_path": directory, "flush_cache": False} | _naming(version)
+        body = {"model_path": directory, "load_format": "safetensors", "flush_cache": False} | _naming(version)
         self._post("/update_weights_from_disk", body, self._model_timeout_seconds)
 
     def hashes(self) -> list[dict[str, Any]]:
