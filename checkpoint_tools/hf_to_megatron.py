@@ -1,7 +1,7 @@
 """The command hf-to-megatron: plan, prove, write, and say what was done.
 
     OUT_DIR/latest_checkpointed_iteration.txt   "release"
-    OUT_DIR/release/                            torch_dist, see py
+    OUT_DIR/release/                            torch_dist, see torch_dist_files.py
     OUT_DIR/hf/                                 config.json, tokenizer and whatever else lies beside the HF weights
     OUT_DIR/manifest.json, provenance.json      manifest.py
 
