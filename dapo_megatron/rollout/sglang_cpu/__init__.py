@@ -31,6 +31,7 @@ def cpu_arguments(tensor_parallel_size: int) -> dict[str, Any]:
         "cuda_graph_backend_prefill": "disabled",
         "max_total_tokens": DEFAULT_MAX_TOTAL_TOKENS,
         "mem_fraction_static": 0.5,
+        "sleep_on_idle": True,  # else a server that has nothing to do keeps a core busy, which the actor's ranks need
     }
     return arguments | ({"disable_custom_all_reduce": True} if tensor_parallel_size > 1 else {})
 
