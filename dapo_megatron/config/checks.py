@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -531,25 +531,28 @@ def _run_folder(config: Config) -> Iterator[str]:
 
 
 def _megatron_extra(config: Config, transformer_config_fields: frozenset[str]) -> Iterator[str]:
-    for name in config.actor.megatron_extra:
-        if name in OWNED_MEGATRON_FIELDS:
-            yield f"actor.megatron_extra.{name} must not be given: it is set by {OWNED_MEGATRON_FIELDS[name]}; remove it."
-        elif name not in transformer_config_fields:
-            close = nearest(name, transformer_config_fields)
-            yield f"actor.megatron_extra.{name} is not a field of megatron-core's TransformerConfig" + (
-                did_you_mean(close) or "; remove it."
-            )
+    kind = "a field of megatron-core's TransformerConfig"
+    yield from _passed_through(
+        "actor.megatron_extra", config.actor.megatron_extra, OWNED_MEGATRON_FIELDS, transformer_config_fields, kind
+    )
 
 
 def _sglang_extra(config: Config, server_arguments: frozenset[str]) -> Iterator[str]:
-    for name in config.rollout.sglang_extra:
-        if name in OWNED_SERVER_ARGUMENTS:
-            yield f"rollout.sglang_extra.{name} must not be given: it is set by {OWNED_SERVER_ARGUMENTS[name]}; remove it."
-        elif name not in server_arguments:
-            close = nearest(name, server_arguments)
-            yield f"rollout.sglang_extra.{name} is not an argument of SGLang's ServerArgs" + (
-                did_you_mean(close) or "; remove it."
-            )
+    kind = "an argument of SGLang's ServerArgs"
+    yield from _passed_through(
+        "rollout.sglang_extra", config.rollout.sglang_extra, OWNED_SERVER_ARGUMENTS, server_arguments, kind
+    )
+
+
+def _passed_through(
+    section: str, given: Iterable[str], owned: Mapping[str, str], known: frozenset[str], kind: str
+) -> Iterator[str]:
+    """Names that a pass-through table may not have: what we set ourselves, and what its receiver does not know."""
+    for name in given:
+        if name in owned:
+            yield f"{section}.{name} must not be given: it is set by {owned[name]}; remove it."
+        elif name not in known:
+            yield f"{section}.{name} is not {kind}" + (did_you_mean(nearest(name, known)) or "; remove it.")
 
 
 def _divisors(number: int, limit: int | None = None) -> list[int]:

@@ -305,13 +305,16 @@ class RayServers:
         """Start a server again, in a new process where its own is gone. EngineError when it does not come up."""
         index = next(i for i, process in enumerate(self.processes) if process.name == name)
         try:
-            return (await call_each([self.processes[index]], "start_here", [(self._gpu_ids[index],)]))[0]
+            return await self._start_one(index)
         except WorkerDiedError:
             self.processes[index] = self._launch(index)
         try:
-            return (await call_each([self.processes[index]], "start_here", [(self._gpu_ids[index],)]))[0]
+            return await self._start_one(index)
         except WorkerDiedError as error:
             raise EngineError(f"{name} cannot be started again: {error}") from error
+
+    async def _start_one(self, index: int) -> EngineEndpoint:
+        return (await call_all([self.processes[index]], "start_here", self._gpu_ids[index]))[0]
 
 
 @dataclass(frozen=True, slots=True)
