@@ -7,7 +7,6 @@ files; what goes wrong is raised where it is awaited.
 from __future__ import annotations
 
 import asyncio
-import os
 import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from dapo_megatron.config.schema import Config, HfEngineConfig
 from dapo_megatron.launcher.backends import Ranks
+from dapo_megatron.launcher.rank import build_rank
 from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult
 from dapo_megatron.types import TrainBatch
 from dapo_megatron.weights.file_digest import FileDigest
@@ -76,16 +76,8 @@ class LocalActor:
 
 
 def _build_worker(config: Config, ranks: Ranks) -> Any:
-    from dapo_megatron.actor import cpu_adapter
-
-    cpu_adapter.install()
-    from dapo_megatron.actor.frozen import FrozenActor
-    from dapo_megatron.actor.worker import ActorWorker
-
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    worker: Any = FrozenActor if ranks == "frozen" else ActorWorker
     with tempfile.TemporaryDirectory() as folder:
-        return worker(config, rank=0, init_method=f"file://{folder}/rendezvous")
+        return build_rank(config, rank=0, init_method=f"file://{folder}/rendezvous", frozen=ranks == "frozen")
 
 
 class LocalEngine:

@@ -28,6 +28,7 @@ from dapo_megatron.actor.replayed import Replay
 from dapo_megatron.config.fields import either
 from dapo_megatron.config.schema import Config, HfEngineConfig, SglangEngineConfig
 from dapo_megatron.launcher.backends import Ranks
+from dapo_megatron.launcher.rank import build_rank
 from dapo_megatron.launcher.server_process import ServerProcess
 from dapo_megatron.rollout.attached import Reattach, attach
 from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult
@@ -52,9 +53,6 @@ class RankProcess:
 
     def __init__(self, config: Config, rank: int, log_file: Path):
         _write_output_to(log_file)
-        from dapo_megatron.actor import cpu_adapter
-
-        cpu_adapter.install()
         self._config, self._rank = config, rank
 
     def pid(self) -> int:
@@ -72,14 +70,9 @@ class RankProcess:
 
     def start(self, init_method: str, frozen: bool) -> int:
         """Join the other ranks. Returns this rank's data-parallel rank."""
-        if init_method.startswith("file:"):  # all ranks on this machine: nothing leaves the loopback interface
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        self._worker = build_rank(self._config, rank=self._rank, init_method=init_method, frozen=frozen)
         from dapo_megatron.actor import parallel
-        from dapo_megatron.actor.frozen import FrozenActor
-        from dapo_megatron.actor.worker import ActorWorker
 
-        worker: Any = FrozenActor if frozen else ActorWorker
-        self._worker = worker(self._config, rank=self._rank, init_method=init_method)
         return parallel.data_parallel_rank()
 
     def train(self, batch: TrainBatch, rollout_step: int) -> dict[str, float]:
