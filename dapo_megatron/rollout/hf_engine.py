@@ -99,7 +99,7 @@ class HfEngine:
             if self._decoder is None or self._decoder.done():
                 self._decoder = asyncio.create_task(self._decode())
                 self._decoder.add_done_callback(self._pass_on_error)
-            while call.unfinished:
+            while call.unfinished or not call.arrived.empty():  # what came while the caller was busy is still to be taken
                 arrived = await call.arrived.get()
                 if isinstance(arrived, BaseException):
                     raise arrived

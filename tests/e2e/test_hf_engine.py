@@ -184,6 +184,17 @@ async def test_results_come_as_groups_finish(model_dirs):
     assert order == [10, 11, 12, 13, 14]
 
 
+async def test_a_caller_that_is_slow_gets_everything(model_dirs):
+    """All requests are over before the second result is asked for."""
+    engine = make_engine(model_dirs["llama"])
+    taken = []
+    async for result in engine.generate(staggered(make_requests(GREEDY))):
+        taken.append(result.request_id)
+        while engine._calls:
+            await asyncio.sleep(0.01)
+    assert sorted(taken) == [10 + index for index in range(len(PROMPTS))]
+
+
 def buckets_of(model: transformers.PreTrainedModel, version: int) -> tuple[list[WeightBucket], WeightManifest]:
     """Each tensor of the model as a bucket, as an actor would send it."""
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
