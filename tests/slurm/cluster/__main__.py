@@ -1,0 +1,3 @@
+from tests.slurm.cluster import main
+
+main()
