@@ -1,8 +1,8 @@
 """YAML files, left to right, then overrides by path: one validated `Config`, or every problem at once.
 
 A file holds nested mappings; later files win leaf by leaf. An override is `--a.b value` or `--a.b=value`, its value read as YAML
-(`0.28`, `null`, `true`, `{lr: 1e-4}`). A path may be shortened to any ending that is unique in the schema: `--seed 7` is
-`--run.seed 7`.
+(`0.28`, `null`, `true`, `{lr: 1e-4}`). A path may be shortened to any ending that is unique in the schema, and written with dashes:
+`--seed 7` is `--run.seed 7`, `--gpus-per-node 4` is `--slurm.gpus_per_node 4`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from dapo_megatron.config.fields import ConfigField, config_fields, did_you_mean, either, nearest, section_paths
 from dapo_megatron.config.schema import Config
+from dapo_megatron.config.slurm_text import RULES as SLURM_RULES
 from dapo_megatron.types import ConfigError
 
 _RULES = {
@@ -33,6 +34,7 @@ _RULES = {
     "dict_type": "be a mapping of names to values",
     "model_type": "be a mapping of names to values",
     "union_tag_invalid": "have a type of {expected_tags}",
+    **SLURM_RULES,
 }
 """What a value must do, by pydantic's error type."""
 
@@ -80,7 +82,7 @@ def resolved_dict(config: Config) -> dict[str, Any]:
 
 
 class _ConfigLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, reads 1e-6 as a number (YAML 1.1 reads text) and leaves dates as text."""
+    """SafeLoader that refuses a key given twice and reads 1e-6 as a number (YAML 1.1: text), dates and 24:00:00 as text (86400)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -94,11 +96,14 @@ class _ConfigLoader(yaml.SafeLoader):
 
 
 _ConfigLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:int")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _ConfigLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+_ConfigLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"[-+]?(0b[01_]+|0[0-7_]+|0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$"), list("-+0123456789")
 )
 
 
@@ -165,10 +170,11 @@ def _parse_overrides(tokens: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _resolve(name: str) -> str:
-    """Full path of an override's name: itself, or the one field that ends with it."""
-    fields = config_fields()
-    paths = [field.path for field in fields]
-    if name in paths or name in section_paths() or _owner_of(name) is not None:
+    """Full path of an override's name: itself, or the one field that ends with it; a dash is as good as an underscore."""
+    if _owner_of(name) is not None:
+        return name
+    paths, name = [field.path for field in config_fields()], name.replace("-", "_")
+    if name in paths or name in section_paths():
         return name
     endings = [path for path in paths if path.endswith("." + name)]
     if len(endings) == 1:

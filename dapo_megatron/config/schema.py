@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveFloat, PositiveInt, Tag
 
+from dapo_megatron.config.slurm_text import Environment, Line, SlurmTime
 from dapo_megatron.types import LossAggregation
 
 
@@ -392,6 +393,71 @@ class ClusterConfig(Section):
     """Longest time of one phase (rollout, train, sync, save) before the run ends with an error that names it."""
 
 
+class SlurmConfig(Section):
+    """The job of a run: `dapo-megatron submit` writes it into one batch script. `train` alone looks at none of it."""
+
+    nodes: PositiveInt = 1
+    """Nodes of the actor ranks, and of the engines unless rollout_nodes is given."""
+    gpus_per_node: int = Field(8, ge=0)
+    """GPUs of a node. 0: none are asked for, ranks and engines run on CPUs."""
+    gpu_type: Line | None = None
+    """Type of those GPUs, as the cluster names it (`h100`). None: any."""
+    cpus_per_node: PositiveInt | None = None
+    """CPUs of a node. None: all with `exclusive`, else Slurm's default."""
+    memory: Line | None = None
+    """Memory of a node, as Slurm writes it (`500G`). None: all with `exclusive`, else Slurm's default."""
+    exclusive: bool = True
+    """Share the nodes with no other job."""
+    time: SlurmTime = "24:00:00"
+    """Time limit of one attempt: minutes, or Slurm's forms (24:00:00, 2-12:00:00)."""
+    partition: Line | None = None
+    """Partition. None: the cluster's default."""
+    account: Line | None = None
+    """Account. None: the user's default."""
+    qos: Line | None = None
+    """Quality of service. None: the default."""
+    job_name: Line | None = None
+    """Name in the queue. None: that of the run folder."""
+    sbatch: tuple[Line, ...] = ()
+    """Further options of sbatch, e.g. `--constraint=ib`; one #SBATCH line each."""
+    rollout_nodes: int = Field(0, ge=0)
+    """Nodes of another kind that hold the engines (a heterogeneous job); needs cluster.placement split. 0: none."""
+    rollout_gpus_per_node: int | None = Field(None, ge=0)
+    """GPUs of such a node. None: as gpus_per_node."""
+    rollout_partition: Line | None = None
+    """Their partition. None: as `partition`."""
+    rollout_sbatch: tuple[Line, ...] = ()
+    """Further options of sbatch for them."""
+    max_restarts: int = Field(10, ge=0)
+    """How often the job puts itself back into the queue: after the time limit, a lost node, a stall or a failure that may not repeat."""
+    signal_lead_seconds: PositiveInt | None = None
+    """How long before the time limit the run is asked to save. None: from the times that the run has measured, at first 600."""
+    modules: tuple[Line, ...] = ()
+    """Environment modules to load."""
+    environment: Environment = {}
+    """Environment variables of the job, by name."""
+    setup: tuple[str, ...] = ()
+    """Lines of shell that run in the batch script before the run, as they are."""
+    python: str | None = None
+    """Interpreter that has this package. None: the one `submit` runs in, or python3 in a container."""
+    container: str | None = None
+    """Image: for pyxis a name or a .sqsh file, for Apptainer a .sif file or a URI. None: no container."""
+    container_runtime: Literal["pyxis", "apptainer"] = "pyxis"
+    """What starts the container."""
+    container_mounts: tuple[str, ...] = ()
+    """Further folders to see in the container, SOURCE or SOURCE:TARGET; the run folder and the working directory are seen anyway."""
+    preflight: bool = True
+    """Check the nodes of the job before the run starts."""
+    exclude_bad_nodes: bool = False
+    """Go back into the queue without a node that does not pass. False: the job ends and names it."""
+    network: str | None = None
+    """Network in which addresses of the nodes must lie, e.g. `10.0.0.0/8`. None: any private one."""
+    first_port: int = Field(20000, ge=1024, le=65535)
+    """Smallest port that the job may use on a node."""
+    last_port: int = Field(32767, ge=1024, le=65535)
+    """Largest one."""
+
+
 class Config(Section):
     """A whole run."""
 
@@ -407,6 +473,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
     cluster: ClusterConfig = ClusterConfig()
+    slurm: SlurmConfig = SlurmConfig()
 
     @property
     def max_eval_response_tokens(self) -> int:
