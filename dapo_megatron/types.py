@@ -223,6 +223,10 @@ class EngineLostError(EngineError):
         return type(self), (str(self), self.endpoint)
 
 
+class VersionGoneError(EngineError):
+    """The actor does not hold the weight version that was asked for: it trains, or has trained since."""
+
+
 class SignalError(DapoMegatronError):
     """Too few groups carry a learning signal, and the config asks to stop then."""
 

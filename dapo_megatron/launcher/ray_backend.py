@@ -28,12 +28,13 @@ from dapo_megatron.actor.replayed import Replay
 from dapo_megatron.config.fields import either
 from dapo_megatron.config.schema import Config, HfEngineConfig, SglangEngineConfig
 from dapo_megatron.launcher.backends import Ranks
+from dapo_megatron.launcher.held_weights import HeldWeights
 from dapo_megatron.launcher.rank import build_rank
 from dapo_megatron.launcher.server_process import ServerProcess
 from dapo_megatron.rollout.attached import Reattach, attach
 from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult
 from dapo_megatron.rollout.router import Decode, Router
-from dapo_megatron.types import DapoMegatronError, EngineEndpoint, EngineError, EngineLostError, TrainBatch, WorkerDiedError
+from dapo_megatron.types import DapoMegatronError, EngineEndpoint, EngineError, TrainBatch, WorkerDiedError
 from dapo_megatron.weights.file_digest import FileDigest
 from dapo_megatron.weights.sync import WeightBucket, WeightManifest
 from dapo_megatron.weights.transports.records import PushReport
@@ -167,12 +168,12 @@ class RayActor:
     def __init__(self, processes: Sequence[Process], data_parallel_ranks: Sequence[int]):
         """`data_parallel_ranks[i]` is the one of `processes[i]`."""
         self.processes, self._data_parallel_ranks = tuple(processes), tuple(data_parallel_ranks)
-        self._version: int | None = None  # that servers got and the ranks still hold
+        self.held = HeldWeights(self.push_weights)
 
     async def train(self, batch: TrainBatch, rollout_step: int) -> dict[str, float]:
         """Metrics of the actor."""
-        self._version = None
-        return (await self._on_shares("train", batch, rollout_step))[0]
+        with self.held.while_training(rollout_step):
+            return (await self._on_shares("train", batch, rollout_step))[0]
 
     async def replay(self, batch: TrainBatch, rollout_step: int) -> Replay:
         """Train on the batch and bring back what no layout may change."""
@@ -199,22 +200,9 @@ class RayActor:
 
     async def push_weights(self, version: int, endpoints: Sequence[EngineEndpoint]) -> PushReport:
         """Bring the present weights to rollout servers; servers that failed are in the report."""
+        self.held.are(version)
         report: PushReport = (await self._on_all("push_weights", version, endpoints))[0]
-        self._version = version
         return report
-
-    async def resync(self, endpoint: EngineEndpoint, version: int) -> None:
-        """Bring a version that was sent already to one more server.
-
-        EngineLostError when that fails; EngineError when the ranks do not hold the version any more.
-        """
-        if version != self._version:
-            raise EngineError(
-                f"{endpoint.name} cannot get weight version {version}: the actor holds it no more; it gets the next version"
-            )
-        failures = (await self.push_weights(version, [endpoint])).failures
-        if failures:
-            raise EngineLostError(failures[endpoint.name], endpoint.name)
 
     async def start_save(self, directory: Path) -> None:
         """Begin to write a checkpoint in the background."""
@@ -240,7 +228,8 @@ class RayActor:
         """End the processes and free what they hold: an evaluation needs them no more once the engines have the weights."""
         for process in self.processes:
             ray.kill(process.handle)
-        self.processes, self._version = (), None
+        self.processes = ()
+        self.held.are_gone()
 
     async def _on_shares(self, method: str, batch: TrainBatch, rollout_step: int) -> list[Any]:
         """Each rank is sent the share of its data-parallel rank, which is put into the object store once."""
@@ -395,7 +384,14 @@ def ray_backend(config: Config, logs: Path, ranks: Ranks = "training", *, num_en
         else:
             assert isinstance(settings, SglangEngineConfig)
             restart = servers.restart if servers is not None else Reattach(endpoints)
-            router = Router(endpoints, settings, _decoder(config), restart=restart, resync=handle.resync if actor else None)
+            router = Router(
+                endpoints,
+                settings,
+                _decoder(config),
+                restart=restart,
+                keeper=handle.held if actor else None,
+                mixes_versions=config.rollout.partial_rollout,
+            )
             yield RayBackend(handle, (router,))
     finally:
         for process in (*actor, *(engines or ()), *(servers.processes if servers else ())):

@@ -41,6 +41,14 @@ class PartialSample:
         elif len(self.token_ids) >= params.max_response_tokens:
             self.finish_reason = "length"
 
+    def drop_other_versions(self, weight_version: int) -> int:
+        """Begin again, unless every token so far is of this version; how many tokens were dropped."""
+        if all(version == weight_version for version in self.weight_versions):
+            return 0
+        num_tokens = len(self.token_ids)
+        self.token_ids, self.log_probs, self.weight_versions = [], [], []
+        return num_tokens
+
     def continuation(self, rid: str, prompt: tuple[int, ...], params: SamplingParams) -> Continuation:
         """What an engine is asked for next."""
         return Continuation(rid, [*prompt, *self.token_ids], params.max_response_tokens - len(self.token_ids))

@@ -50,9 +50,11 @@ class SglangEngine:
     def __init__(self, endpoint: EngineEndpoint):
         self.endpoint = endpoint
         self._open_session: aiohttp.ClientSession | None = None
+        self._is_closed = False
 
     async def close(self) -> None:
-        """Give back the connections; what is in flight ends with EngineLostError."""
+        """Give back the connections; what is in flight, and every later call, ends with EngineLostError."""
+        self._is_closed = True
         session, self._open_session = self._open_session, None
         if session is not None:
             await session.close()
@@ -136,9 +138,12 @@ class SglangEngine:
         await self.post("/continue_generation", timeout_seconds=timeout_seconds)
 
     async def flush_cache(self, timeout_seconds: float) -> None:
-        """Forget all prefixes. EngineError when samples still run at the deadline."""
+        """Forget all prefixes. EngineLostError when samples that nobody waits for still run at the deadline: only a restart ends them."""
         path = f"/flush_cache?timeout={timeout_seconds / 2:g}"
-        await self.post(path, timeout_seconds=timeout_seconds)
+        try:
+            await self.post(path, timeout_seconds=timeout_seconds)
+        except EngineError as error:
+            raise self._lost(error) from error
 
     async def release_memory(self, tags: Sequence[MemoryTag], timeout_seconds: float) -> None:
         """Give the memory of these parts to whoever shares the device; nothing may be running."""
@@ -161,8 +166,9 @@ class SglangEngine:
             raise self._lost(f"{path}: {type(error).__name__} {error}") from error
 
     async def _refused(self, path: str, response: aiohttp.ClientResponse) -> EngineError:
-        words = (await response.text())[:2000]
-        return EngineError(f"{self.endpoint.name} answered {path} with status {response.status}: {words or '(no words)'}")
+        """A fault of the server (5xx) counts as its loss."""
+        words = f"it answered {path} with status {response.status}: {(await response.text())[:2000] or '(no words)'}"
+        return self._lost(words) if response.status >= 500 else EngineError(f"{self.endpoint.name} refuses: {words}")
 
     def _lost(self, cause: object) -> EngineLostError:
         words = str(cause) or type(cause).__name__
@@ -170,6 +176,8 @@ class SglangEngine:
 
     def _session(self) -> aiohttp.ClientSession:
         """Made on first use, as it belongs to the running loop."""
+        if self._is_closed:
+            raise self._lost("its connections are closed")
         if self._open_session is None:
             key = self.endpoint.api_key
             self._open_session = aiohttp.ClientSession(

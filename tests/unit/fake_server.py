@@ -24,6 +24,10 @@ class FakeServer:
         self.may_generate = asyncio.Event()
         self.may_generate.set()
         self.hangs = asyncio.Event()
+        self.status = 200
+        self.dies_of_requests = False
+        self.is_busy = False
+        """Something runs that nobody waits for."""
         self.generated = asyncio.Event()
         """Set with the first token that is sent."""
 
@@ -47,6 +51,7 @@ class FakeServer:
         """Connections are reset and nobody listens any more."""
         if self._runner.server is None:
             return
+        self.may_generate.set()  # handlers that wait would outlive it
         for connection in self._runner.server.connections:
             if connection.transport is not None:
                 connection.transport.abort()
@@ -66,6 +71,8 @@ class FakeServer:
         return web.json_response({"weight_version": str(self.weight_version)})
 
     async def _flush_cache(self, request: web.Request) -> web.Response:
+        if self.is_busy:
+            return web.Response(text="Flush cache failed.", status=400)
         self.num_flushes += 1
         return web.Response(text="Cache flushed.")
 
@@ -84,6 +91,11 @@ class FakeServer:
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.prompts += body["input_ids"]
+        if self.dies_of_requests:
+            assert request.transport is not None
+            request.transport.abort()
+        if self.status != 200:
+            return web.Response(text="no", status=self.status)
         response = web.StreamResponse()
         await response.prepare(request)
         lock = asyncio.Lock()

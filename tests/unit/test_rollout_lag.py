@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dapo_megatron.config.schema import Config
+from dapo_megatron.config.schema import Config, SglangEngineConfig
 from dapo_megatron.data.loader import PromptStream
 from dapo_megatron.data.prompts import DataReport, PromptSet
 from dapo_megatron.launcher.controller import Controller, ControllerState, read_state
+from dapo_megatron.launcher.held_weights import HeldWeights
 from dapo_megatron.launcher.identity import RunIdentity
 from dapo_megatron.launcher.run_folder import RunFolder
 from dapo_megatron.rollout.engine import GenerateResult, SamplingParams
+from dapo_megatron.rollout.router import Router
 from dapo_megatron.rollout.sampler import SamplerRules
 from dapo_megatron.rollout.wave_sampler import WaveSampler
-from dapo_megatron.types import EngineError, Prompt, Sample, TrainBatch
+from dapo_megatron.types import EngineEndpoint, EngineError, Prompt, Sample, Score, TrainBatch
+from dapo_megatron.weights.transports.records import PushReport
+from tests.unit.fake_server import FakeServer
 from tests.unit.test_controller import FakeActor, FakeEngine, Scorer
 
 PROMPTS = PromptSet(tuple(Prompt(i, (i, 6), "?", "0") for i in range(7)), DataReport(7, 0, 0, 0, ()), fingerprint="0")
@@ -69,6 +73,9 @@ class Run:
         *,
         state: ControllerState | None = None,
         evaluate: Callable[[], Awaitable[dict[str, float]]] | None = None,
+        engine: Any = None,
+        actor: Any = None,
+        max_response_tokens: int = 1024,
         **train: Any,
     ):
         config = Config.model_validate(
@@ -88,11 +95,14 @@ class Run:
                 "checkpoint": {"every": 2, "keep_last": 9},
             }
         )
-        self.actor, self.engine, self.rows, self.folder = Actor(), Engine(), [], RunFolder(folder)
+        self.actor, self.engine, self.rows, self.folder = actor or Actor(), engine or Engine(), [], RunFolder(folder)
         self.folder.create({})
         stream = PromptStream.restore(PROMPTS, 0, True, state.prompts) if state else PromptStream(PROMPTS, 0, True)
-        rules = SamplerRules(num_samples_per_prompt=2, params=SamplingParams(), seed=0, lag=1)
-        self.sampler = WaveSampler([self.engine], Scorer({"0"}), stream, rules, state.sampler if state else None)
+        params = SamplingParams(max_response_tokens=max_response_tokens)
+        rules = SamplerRules(num_samples_per_prompt=2, params=params, seed=0, lag=1)
+        self.sampler = WaveSampler(
+            [self.engine], FirstIsRight() if engine else Scorer({"0"}), stream, rules, state.sampler if state else None
+        )
         self.controller = Controller(
             config,
             actor=self.actor,
@@ -224,3 +234,66 @@ async def test_training_that_fails_leaves_no_rollout_behind(tmp_path: Path):
     with pytest.raises(EngineError, match="rank 0 is gone"):
         await run.controller.run()
     assert ended == [True]
+
+
+class FirstIsRight:
+    """Of each group."""
+
+    async def score(self, responses: Any, answer: str) -> tuple[Score, ...]:
+        return tuple(Score(float(index == 0), index == 0) for index, _ in enumerate(responses))
+
+
+class PushingActor(Actor):
+    """Sends its weights to fake servers, which then bear the version; `at_train` runs at the end of each training."""
+
+    def __init__(self, servers: dict[str, FakeServer], at_train: Callable[[int], Awaitable[None]]) -> None:
+        super().__init__()
+        self.servers, self.at_train = servers, at_train
+        self.held = HeldWeights(self.push_weights)
+
+    async def train(self, batch: TrainBatch, rollout_step: int) -> dict[str, float]:
+        with self.held.while_training(rollout_step):
+            metrics = await super().train(batch, rollout_step)
+            await self.at_train(rollout_step)
+            return metrics
+
+    async def push_weights(self, version: int, endpoints: Sequence[EngineEndpoint]) -> PushReport:
+        self.held.are(version)
+        self.calls.append(("send", version))
+        for endpoint in endpoints:
+            self.servers[endpoint.name].weight_version = version
+        return PushReport(version, 1, 1.0, 0.0, 1.0)
+
+
+async def test_the_only_engine_dies_while_a_step_trains_and_the_run_goes_on_with_newer_weights(tmp_path: Path):
+    """The next rollout is in flight then, and the actor holds the weights no more that it began with."""
+    servers = {"engine 0": FakeServer("engine 0", seconds_per_token=0.005)}
+
+    async def restart(name: str) -> EngineEndpoint:
+        servers[name] = FakeServer(name)
+        return await servers[name].start()
+
+    async def die_in_step_1(rollout_step: int) -> None:
+        if rollout_step == 1:
+            servers["engine 0"].generated.clear()
+            await servers["engine 0"].generated.wait()
+            await servers["engine 0"].die()
+
+    actor = PushingActor(servers, die_in_step_1)
+    config = SglangEngineConfig(health_interval_seconds=0.02, restart_deadline_seconds=600)
+    endpoints = [await servers["engine 0"].start()]
+    router = Router(endpoints, config, lambda rows: [str(row) for row in rows], restart=restart, keeper=actor.held)
+    run = Run(tmp_path, 4, engine=router, actor=actor, max_response_tokens=20)
+    try:
+        async with asyncio.timeout(30):
+            await run.controller.run()
+    finally:
+        await router.close()
+        await servers["engine 0"].die()
+    assert len(run.rows) == 4 and router.num_engines_lost == 1
+    assert [row["rollout/staleness_max"] for row in run.rows] == [0, 1, 0, 1], "step 3 trains on what its own weights drew"
+    calls = [call for call in actor.calls if call[0] in ("send", "train")]
+    assert calls == [
+        *(("send", 0), ("train", 0), ("send", 1), ("train", 1), ("send", 2)),  # to the engine that came back
+        *(("send", 2), ("train", 2), ("train", 3), ("send", 4)),
+    ]

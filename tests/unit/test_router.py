@@ -10,7 +10,7 @@ import pytest
 from dapo_megatron.config.schema import SglangEngineConfig
 from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult, SamplingParams
 from dapo_megatron.rollout.router import Router
-from dapo_megatron.types import EngineEndpoint, EngineError, FingerprintError, Sample
+from dapo_megatron.types import EngineEndpoint, EngineError, EngineLostError, FingerprintError, Sample, VersionGoneError
 from tests.unit.fake_server import FakeServer
 
 PROMPT = (7, 7, 7)
@@ -40,26 +40,44 @@ def assert_whole(result: GenerateResult, num_tokens: int = 8, version: int = 0) 
 
 
 @dataclass
-class Fleet:
-    """Fake servers behind a router; a restart makes a new one at once, with the weights of version 0."""
+class Run:
+    """Fake servers behind a router, and their actor; a restart makes a new one at once, with the weights of version 0."""
 
     servers: dict[str, FakeServer]
     config: SglangEngineConfig
     restarts: list[str] = field(default_factory=list)
     resyncs: list[tuple[str, int]] = field(default_factory=list)
     comes_back: bool = True
+    may_start: asyncio.Event = field(default_factory=asyncio.Event)
+    held: int | None = None
+    """The version that the actor holds; None: the one that the router asks for."""
+    holds_weights: asyncio.Event = field(default_factory=asyncio.Event)
+    """Not set while the actor trains."""
+
+    def __post_init__(self) -> None:
+        self.holds_weights.set()
+        self.may_start.set()
 
     async def restart(self, name: str) -> EngineEndpoint:
         self.restarts.append(name)
+        await self.may_start.wait()
         if not self.comes_back:
             raise EngineError("no such luck")
         self.servers[name] = FakeServer(name)
         return await self.servers[name].start()
 
     async def resync(self, endpoint: EngineEndpoint, version: int) -> None:
+        if self.held not in (None, version) or not self.holds_weights.is_set():
+            raise VersionGoneError("the actor has trained on")
         self.resyncs.append((endpoint.name, version))
         assert not self.servers[endpoint.name].prompts
         self.servers[endpoint.name].weight_version = version
+
+    async def renew(self, endpoint: EngineEndpoint) -> int:
+        await self.holds_weights.wait()
+        assert self.held is not None
+        await self.resync(endpoint, self.held)
+        return self.held
 
 
 @dataclass
@@ -68,13 +86,19 @@ class Report:
 
 
 @asynccontextmanager
-async def fleet(num_servers: int = 2, **settings) -> AsyncIterator[tuple[Router, Fleet]]:
+async def fleet(num_servers: int = 2, *, mixes_versions: bool = False, **settings) -> AsyncIterator[tuple[Router, Run]]:
     quick = {"health_interval_seconds": 0.02, "health_deadline_seconds": 0.2, "restart_deadline_seconds": 5.0}
     servers = {f"engine {index}": FakeServer(f"engine {index}") for index in range(num_servers)}
-    state = Fleet(servers, SglangEngineConfig(**quick | settings))
+    state = Run(servers, SglangEngineConfig(**quick | settings))
     endpoints = [await server.start() for server in servers.values()]
-    router = Router(endpoints, state.config, lambda rows: [str(row) for row in rows], restart=state.restart)
-    router.resync = state.resync
+    router = Router(
+        endpoints,
+        state.config,
+        lambda rows: [str(row) for row in rows],
+        restart=state.restart,
+        keeper=state,
+        mixes_versions=mixes_versions,
+    )
     try:
         yield router, state
     finally:
@@ -82,7 +106,7 @@ async def fleet(num_servers: int = 2, **settings) -> AsyncIterator[tuple[Router,
         await asyncio.gather(*(server.die() for server in state.servers.values()))
 
 
-async def update(router: Router, state: Fleet, version: int, failures: Sequence[str] = ()) -> None:
+async def update(router: Router, state: Run, version: int, failures: Sequence[str] = ()) -> None:
     async def push(endpoints: Sequence[EngineEndpoint]) -> Report:
         for endpoint in endpoints:
             state.servers[endpoint.name].memory_calls.append("update")
@@ -147,12 +171,8 @@ async def test_restarted_engine_gets_the_current_weights_before_it_serves():
 
 async def test_restarted_engine_that_the_actor_cannot_serve_waits_for_the_next_update():
     async with fleet() as (router, state):
-
-        async def resync(endpoint: EngineEndpoint, version: int) -> None:
-            raise EngineError("the actor has trained on")
-
-        router.resync = resync
         await update(router, state, 1)
+        state.held = 2
         await state.servers["engine 0"].die()
         assert_whole((await complete(router, request(0), request(1)))[1], version=1)
         while state.servers["engine 0"].weight_version != 2:
@@ -160,6 +180,61 @@ async def test_restarted_engine_that_the_actor_cannot_serve_waits_for_the_next_u
             await asyncio.sleep(0.01)
         await complete(router, *(request(i) for i in range(4)))
         assert state.servers["engine 0"].prompts
+
+
+@pytest.mark.parametrize("mixes_versions", [False, True])
+async def test_the_only_engine_comes_back_with_the_newest_weights_when_the_actor_has_trained_on(mixes_versions: bool):
+    """A rollout in flight while the actor trains (train.rollout_lag 1): nobody would send the next version before it ends."""
+    async with fleet(1, mixes_versions=mixes_versions, restart_deadline_seconds=60) as (router, state):
+        await update(router, state, 1)
+        lost = state.servers["engine 0"]
+        lost.seconds_per_token = 0.01
+        work = asyncio.ensure_future(complete(router, request(0), request(1)))
+        await lost.generated.wait()
+        await asyncio.sleep(0.03)
+        state.holds_weights.clear()
+        await lost.die()
+        while not state.restarts:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        assert not work.done() and router.weight_version == 1
+        state.held = 2
+        state.holds_weights.set()
+        for result in (await work).values():
+            for sample in result.samples:
+                versions = sample.weight_versions.tolist()
+                assert sample.token_ids.tolist() == tokens(8)
+                assert versions == ([1] * versions.count(1) + [2] * versions.count(2) if mixes_versions else [2] * 8)
+                assert versions[0] == (1 if mixes_versions else 2) and versions[-1] == 2
+        assert router.weight_version == 2 and state.resyncs == [("engine 0", 2)]
+        await update(router, state, 2)
+        assert_whole((await complete(router, request(0)))[0], version=2)
+
+
+async def test_an_engine_that_waits_for_the_next_update_gets_the_newest_weights_when_the_last_other_one_is_lost():
+    async with fleet() as (router, state):
+        await update(router, state, 1)
+        state.held = 2
+        await state.servers["engine 0"].die()
+        assert_whole((await complete(router, request(0), request(1)))[1], version=1)
+        assert state.resyncs == []
+        await state.servers["engine 1"].die()
+        results = await complete(router, *(request(i) for i in range(4)))
+        for result in results.values():
+            assert_whole(result, version=2)
+        while len(router.serving) < 2:
+            await asyncio.sleep(0.01)
+        assert sorted(state.resyncs) == [("engine 0", 2), ("engine 1", 2)]
+
+
+async def test_late_word_of_the_loss_does_not_touch_the_engine_that_came_back():
+    async with fleet(1) as (router, state):
+        before = router._fleet.serving[0]
+        await state.servers["engine 0"].die()
+        await complete(router, request(0))
+        router._fleet.lose(before, EngineLostError("the connection timed out", "engine 0"))
+        assert_whole((await complete(router, request(0)))[0])
+        assert state.restarts == ["engine 0"] and router.num_engines_lost == 1
 
 
 async def test_engine_that_fails_during_an_update_is_restarted_and_the_others_go_on():
@@ -170,15 +245,41 @@ async def test_engine_that_fails_during_an_update_is_restarted_and_the_others_go
         assert state.restarts == ["engine 1"]
 
 
-async def test_wrong_weights_after_a_restart_end_the_run():
+@pytest.mark.parametrize("error", [FingerprintError("embedding differs"), RuntimeError("embedding differs")])
+async def test_wrong_weights_after_a_restart_end_the_run(error: Exception):
     async with fleet(1) as (router, state):
 
         async def resync(endpoint: EngineEndpoint, version: int) -> None:
-            raise FingerprintError("embedding differs")
+            raise error
 
-        router.resync = resync
+        state.resync = resync  # type: ignore[method-assign]
         await state.servers["engine 0"].die()
-        with pytest.raises(FingerprintError, match="embedding differs"):
+        with pytest.raises(type(error), match="embedding differs"):
+            await complete(router, request(0))
+
+
+async def test_request_that_every_engine_dies_of_ends_the_run():
+    async with fleet(1, restart_deadline_seconds=60) as (router, state):
+
+        async def dies(name: str) -> EngineEndpoint:
+            state.restarts.append(name)
+            state.servers[name] = FakeServer(name)
+            state.servers[name].dies_of_requests = True
+            return await state.servers[name].start()
+
+        router._fleet._restart = dies
+        state.servers["engine 0"].dies_of_requests = True
+        with pytest.raises(EngineError, match=r"5 engines were lost one after the other with request 0 \(3 prompt tokens\)"):
+            await complete(router, request(0))
+
+
+async def test_fault_of_a_server_is_its_loss_and_a_refusal_ends_the_run():
+    async with fleet(1) as (router, state):
+        state.servers["engine 0"].status = 503
+        assert_whole((await complete(router, request(0)))[0])
+        assert state.restarts == ["engine 0"]
+        state.servers["engine 0"].status = 400
+        with pytest.raises(EngineError, match="engine 0 refuses: it answered /generate with status 400"):
             await complete(router, request(0))
 
 
@@ -255,3 +356,69 @@ async def test_memory_is_not_released_under_a_request():
         with pytest.raises(EngineError, match="1 requests are in work"):
             await router.release_memory()
         await work
+
+
+async def test_server_that_does_not_end_what_is_aborted_is_not_waited_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("dapo_megatron.rollout.router.ABORT_DEADLINE_SECONDS", 0.1)
+    async with fleet(1, health_deadline_seconds=60) as (router, state):
+        work = asyncio.ensure_future(complete(router, request(0)))
+        state.servers["engine 0"].may_generate.clear()
+        await asyncio.sleep(0.05)
+        await router.abort([0])
+        assert not (await work)[0].is_complete
+        state.servers["engine 0"].is_busy = True
+        await update(router, state, 1)
+        assert_whole((await complete(router, request(0)))[0], version=1)
+        assert state.restarts == ["engine 0"], "nothing but a restart ends what it has left running"
+
+
+async def test_generation_that_was_given_up_before_it_began_leaves_nothing_in_work():
+    async with fleet(1) as (router, state):
+        results = router.generate([request(0)])
+        await results.aclose()
+        await router.release_memory()
+        await update(router, state, 1)
+        assert_whole((await complete(router, request(0)))[0], version=1)
+
+
+async def test_engine_that_comes_back_in_the_actors_turn_waits_for_the_next_one():
+    async with fleet() as (router, state):
+        await update(router, state, 1)
+        await state.servers["engine 0"].die()
+        state.may_start.clear()
+        assert_whole((await complete(router, request(0), request(1)))[0], version=1)
+        releasing = asyncio.ensure_future(router.release_memory())
+        await asyncio.sleep(0.05)
+        assert not releasing.done(), "a server that starts takes memory"
+        state.held = 2
+        state.may_start.set()
+        await releasing
+        assert state.servers["engine 0"].memory_calls == ["release kv_cache", "release weights"]
+        await update(router, state, 2)
+        assert state.servers["engine 0"].memory_calls[2:] == ["resume weights", "update", "resume kv_cache"]
+        for result in (await complete(router, *(request(i) for i in range(4)))).values():
+            assert_whole(result, version=2)
+        assert state.servers["engine 0"].prompts
+
+
+async def test_no_engine_is_started_in_the_actors_turn():
+    async with fleet() as (router, state):
+        await router.release_memory()
+        router._fleet.lose(router._fleet.serving[0], EngineLostError("the node is gone", "engine 0"))
+        await asyncio.sleep(0.05)
+        assert state.restarts == []
+        await update(router, state, 1)
+        while len(router.serving) < 2:
+            await asyncio.sleep(0.01)
+        assert state.restarts == ["engine 0"]
+
+
+async def test_nothing_is_started_again_once_the_router_is_closed():
+    async with fleet(1) as (router, state):
+        state.servers["engine 0"].may_generate.clear()
+        work = asyncio.ensure_future(complete(router, request(0)))
+        await asyncio.sleep(0.05)
+        await router.close()
+        with pytest.raises(EngineError, match="the engines are closed"):
+            await work
+        assert state.restarts == []
