@@ -6,13 +6,13 @@ Each rule is a generator of sentences: value, rule, remedy, in the words of the 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dapo_megatron.config.fields import did_you_mean, either, nearest
+from dapo_megatron.config.layout_rules import ModelSizes, divisors, model_problems, rank_problems
 from dapo_megatron.config.schema import Config, SglangEngineConfig
 from dapo_megatron.types import ConfigError
 
@@ -90,7 +90,7 @@ def check_config(
         *_rewards(config),
         *_log_probs(config),
         *_rollout_lag(config),
-        *_layout(config),
+        *rank_problems(config.actor),
         *_one_process(config),
         *_servers(config),
         *_restarts(config),
@@ -129,7 +129,7 @@ def check_evaluation(config: Config, hf_config: Mapping[str, Any] | None, *, sta
         problems.append("--data is missing: the run has no eval.path; give a JSONL or parquet file, or the name of a data set.")
     problems += [*_one_process(config), *_servers(config)]
     if starts_actor:
-        problems += _layout(config)
+        problems += rank_problems(config.actor)
     if hf_config is not None:
         section = "rollout" if config.eval.max_response_tokens is None else "eval"
         problems += _positions(config, hf_config, section, config.max_eval_response_tokens)
@@ -140,7 +140,7 @@ def check_evaluation(config: Config, hf_config: Mapping[str, Any] | None, *, sta
 
 def check_layout(config: Config, hf_config: Mapping[str, Any]) -> list[str]:
     """The part of `check_config` that the actor's ranks depend on: no data, no run folder, no weights."""
-    return [*_layout(config), *_architecture(config, hf_config), *_layout_of_model(config, hf_config)]
+    return [*rank_problems(config.actor), *_architecture(config, hf_config), *_layout_of_model(config, hf_config)]
 
 
 def read_hf_config(path: Path) -> dict[str, Any]:
@@ -210,7 +210,7 @@ def _servers_of_model(config: Config, hf_config: Mapping[str, Any]) -> Iterator[
     if isinstance(num_heads, int) and num_heads % engine.tensor_parallel_size:
         yield (
             f"rollout.engine.tensor_parallel_size ({engine.tensor_parallel_size}) must divide num_attention_heads ({num_heads}) of "
-            f"{config.model.path}; use {either(_divisors(num_heads, limit=64))}."
+            f"{config.model.path}; use {either(divisors(num_heads, limit=64))}."
         )
 
 
@@ -306,67 +306,6 @@ def _rollout_lag(config: Config) -> Iterator[str]:
         )
 
 
-def _layout(config: Config) -> Iterator[str]:
-    actor = config.actor
-    if actor.world_size % actor.model_parallel_size:
-        multiples = [actor.model_parallel_size * copies for copies in (1, 2, 4)]
-        yield (
-            f"actor.num_ranks ({actor.world_size}) must be a multiple of tensor x pipeline x context parallel size "
-            f"({actor.model_parallel_size}); use {either(multiples)}."
-        )
-    if actor.virtual_pipeline_size is not None and actor.pipeline_parallel_size == 1:
-        yield (
-            f"actor.virtual_pipeline_size ({actor.virtual_pipeline_size}) needs actor.pipeline_parallel_size > 1 (now 1); "
-            "raise it, or set actor.virtual_pipeline_size to null."
-        )
-    if actor.pipeline_parallel_size == 1:
-        for name, count in _uneven_stages(config).items():
-            yield f"{name} ({count}) needs actor.pipeline_parallel_size > 1 (now 1); raise it, or set {name} to null."
-    if actor.sequence_parallel and actor.tensor_parallel_size == 1:
-        yield (
-            "actor.sequence_parallel (true) needs actor.tensor_parallel_size > 1 (now 1); raise it, or set "
-            "actor.sequence_parallel to false."
-        )
-
-
-def _uneven_stages(config: Config) -> dict[str, int]:
-    """The stages whose number of layers is given, by the name of the setting."""
-    counts = {
-        f"actor.num_layers_in_{end}_pipeline_stage": getattr(config.actor, f"num_layers_in_{end}_pipeline_stage")
-        for end in ("first", "last")
-    }
-    return {name: count for name, count in counts.items() if count is not None}
-
-
-def _stages(config: Config, num_layers: int) -> Iterator[str]:
-    """How layers divide over pipeline stages and, under interleaving, over the chunks of each stage."""
-    actor, model, given = config.actor, config.model.path, _uneven_stages(config)
-    num_stages, num_chunks = actor.pipeline_parallel_size, actor.virtual_pipeline_size or 1
-    if not given:
-        if num_layers % (num_stages * num_chunks):
-            product = "actor.pipeline_parallel_size" + (" x actor.virtual_pipeline_size" if actor.virtual_pipeline_size else "")
-            yield (
-                f"{product} ({num_stages * num_chunks}) must divide num_hidden_layers ({num_layers}) of {model}; "
-                f"use {either(_divisors(num_layers))}, or uneven stages (actor.num_layers_in_first_pipeline_stage, ..._last_...)."
-            )
-        return
-    if num_stages == 1:
-        return
-    words = " and ".join(f"{name} ({count})" for name, count in given.items())
-    left, stages_left = num_layers - sum(given.values()), num_stages - len(given)
-    if left < stages_left or (left % stages_left if stages_left else left):
-        must = f"a positive multiple of {stages_left}, for the other stages" if stages_left else "none: there is no other stage"
-        yield f"{words} must leave {must}, but {left} of num_hidden_layers ({num_layers}) of {model} are left; change a number."
-        return
-    per_stage = given | ({"layers of each other stage": left // stages_left} if stages_left else {})
-    for name, count in per_stage.items():
-        if count % num_chunks:
-            yield (
-                f"actor.virtual_pipeline_size ({num_chunks}) must divide {name} ({count}): every stage is cut into that many "
-                "chunks; change one of the two."
-            )
-
-
 def _restarts(config: Config) -> Iterator[str]:
     if config.run.max_restarts and not config.checkpoint.every:
         yield (
@@ -377,29 +316,29 @@ def _restarts(config: Config) -> Iterator[str]:
         yield (f"run.max_restarts ({config.run.max_restarts}) needs checkpoint.resume true; set it, or run.max_restarts to 0.")
 
 
-def _layout_of_model(config: Config, hf_config: Mapping[str, Any]) -> Iterator[str]:
-    """How heads, widths and layers divide over the ranks. Source: megatron-core 0.19.2, TransformerConfig.__post_init__."""
-    actor, model = config.actor, config.model.path
+def _model_sizes(config: Config, hf_config: Mapping[str, Any]) -> ModelSizes:
+    """The sizes of config.json that are positive integers; rules about the others are left out."""
     num_heads = hf_config.get("num_attention_heads")
     heads = {
         "num_attention_heads": num_heads,
         "num_key_value_heads": hf_config.get("num_key_value_heads") or num_heads,
     }
-    shared = ({} if actor.pad_query_groups else heads) | {"intermediate_size": hf_config.get("intermediate_size")}
-    sizes = {name: size for name, size in shared.items() if isinstance(size, int) and size > 0}
-    common = math.gcd(*sizes.values())
-    for name, size in sizes.items():
-        if size % actor.tensor_parallel_size:
-            yield (
-                f"actor.tensor_parallel_size ({actor.tensor_parallel_size}) must divide {name} ({size}) of {model}; "
-                f"use {either(_divisors(common, limit=64))}" + (", or set actor.pad_query_groups." if name in heads else ".")
-            )
-    for name in ("expert_parallel_size", "expert_tensor_parallel_size"):
-        if (size := getattr(actor, name)) > 1 and hf_config.get("model_type") in DENSE_MODEL_TYPES:
-            yield f"actor.{name} ({size}) must be 1: {model} has no experts; remove it."
     num_layers = hf_config.get("num_hidden_layers")
-    if isinstance(num_layers, int):
-        yield from _stages(config, num_layers)
+    return ModelSizes(
+        name=str(config.model.path),
+        num_layers=num_layers if isinstance(num_layers, int) else None,
+        heads=_positive(heads),
+        widths=_positive({"intermediate_size": hf_config.get("intermediate_size")}),
+        has_experts=False if hf_config.get("model_type") in DENSE_MODEL_TYPES else None,
+    )
+
+
+def _positive(sizes: Mapping[str, Any]) -> dict[str, int]:
+    return {name: size for name, size in sizes.items() if isinstance(size, int) and size > 0}
+
+
+def _layout_of_model(config: Config, hf_config: Mapping[str, Any]) -> Iterator[str]:
+    yield from model_problems(config.actor, _model_sizes(config, hf_config), pad_query_groups=config.actor.pad_query_groups)
 
 
 def _positions(config: Config, hf_config: Mapping[str, Any], section: str, max_response_tokens: int) -> Iterator[str]:
@@ -553,7 +492,3 @@ def _passed_through(
             yield f"{section}.{name} must not be given: it is set by {owned[name]}; remove it."
         elif name not in known:
             yield f"{section}.{name} is not {kind}" + (did_you_mean(nearest(name, known)) or "; remove it.")
-
-
-def _divisors(number: int, limit: int | None = None) -> list[int]:
-    return [divisor for divisor in range(1, min(number, limit or number) + 1) if number % divisor == 0]
