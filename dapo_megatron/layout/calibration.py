@@ -17,3 +17,7 @@ class Calibration:
     train: float = 1.0
     """Old log-probs, forward, backward and optimizer."""
     sync: float = 1.0
+
+    def factor(self, phase: str) -> float:
+        """Of a phase of `StepTime`; old log-probs are part of what a run measures as training."""
+        return {"rollout": self.rollout, "log_probs": self.train, "train": self.train, "sync": self.sync}[phase]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +38,8 @@ class Workload:
     num_rollout_steps: int = 100
     has_old_log_probs_pass: bool = True
     """A forward pass of the actor for the old log-probabilities (`algo.old_log_probs actor`)."""
+    sampler: Literal["waves", "streaming"] = "waves"
+    """As in `rollout.sampler`: engines run dry once a wave, or once a step."""
     rollout_lag: int = 0
     """1: engines generate for the next step while this one trains."""
 
@@ -66,16 +70,34 @@ class Workload:
 
     def response_lengths(self) -> NDArray[np.float64]:
         """Response lengths in tokens, ascending, [NUM_QUANTILES]: equally likely values whose mean is `response_tokens`."""
-        normal = NormalDist()
-        points = np.array([normal.inv_cdf((i + 0.5) / NUM_QUANTILES) for i in range(NUM_QUANTILES)])
-        shape = np.exp(self.length_spread * points)
-        low, high = -40.0, 40.0
-        for _ in range(80):
-            middle = (low + high) / 2
-            lengths = np.clip(shape * math.exp(middle), 1, self.max_response_tokens)
-            low, high = (middle, high) if lengths.mean() < self.response_tokens else (low, middle)
-        return lengths
+        return _lengths(self.response_tokens, self.max_response_tokens, self.length_spread)
 
-    def sequence_lengths(self) -> NDArray[np.float64]:
-        """Prompt and response together, ascending, [NUM_QUANTILES]."""
-        return self.response_lengths() + self.prompt_tokens
+    @property
+    def sequence_tokens(self) -> float:
+        """Mean length of prompt and response together."""
+        return self.prompt_tokens + self.response_tokens
+
+    def longest_of(self, num_sequences: float) -> float:
+        """The longest sequence to expect among so many, in tokens."""
+        lengths = self.response_lengths()
+        return float(lengths[min(int((1 - 1 / max(num_sequences, 1)) * len(lengths)), len(lengths) - 1)]) + self.prompt_tokens
+
+    @property
+    def mean_square(self) -> float:
+        """Sum of squared lengths of sequences over the sum of their lengths, in tokens."""
+        lengths = self.response_lengths() + self.prompt_tokens
+        return float((lengths**2).sum() / lengths.sum())
+
+
+@lru_cache(maxsize=64)
+def _lengths(mean: float, maximum: int, spread: float) -> NDArray[np.float64]:
+    normal = NormalDist()
+    points = np.array([normal.inv_cdf((i + 0.5) / NUM_QUANTILES) for i in range(NUM_QUANTILES)])
+    shape = np.exp(spread * points)
+    low, high = -40.0, 40.0
+    for _ in range(80):
+        middle = (low + high) / 2
+        lengths = np.clip(shape * math.exp(middle), 1, maximum)
+        low, high = (middle, high) if lengths.mean() < mean else (low, middle)
+    lengths.flags.writeable = False
+    return lengths

@@ -1,0 +1,219 @@
+"""Seconds of an optimizer step: pipeline schedule, gradient reduction and optimizer around the layers of `layer_time`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from dapo_megatron.layout.layer_time import NO_TIME, Cut, LayerSeconds, Machine, Seconds, head_seconds, layer_seconds
+from dapo_megatron.layout.layout import NO_RECOMPUTE, Layout
+from dapo_megatron.layout.model_shape import ModelShape
+from dapo_megatron.layout.parameters import RankParameters, embedding_weights, head_weights, layer_weights, rank_parameters
+from dapo_megatron.layout.workload import Workload
+
+OPTIMIZER_BYTES_PER_PARAMETER = 34
+"""Adam reads gradient, master weight and two moments, writes three of them and the weight; the norm reads the gradient once more."""
+HOST_ADAM_PARAMETERS_PER_SECOND = 1.0e9
+"""Of the optimizer part in host memory, by a GPU's share of a host's cores; PCIe comes on top."""
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatches:
+    """What one data-parallel rank trains on in one optimizer step."""
+
+    num_micro_batches: int
+    tokens_per_micro_batch: float
+    """Mean, before context parallelism divides them."""
+    mean_square: float
+    """Sum of squared sequence lengths over the sum of lengths; of equal sequences their length."""
+
+
+PACKING_FILL = 0.95
+"""Tokens of a full micro-batch over its limit: whole sequences are packed best-fit-decreasing."""
+
+
+def micro_batches(workload: Workload, layout: Layout) -> MicroBatches:
+    """How the samples of one optimizer step become micro-batches of the busiest data-parallel rank."""
+    mean_tokens = workload.num_samples_per_update * workload.sequence_tokens / layout.data_parallel_size
+    longest = workload.longest_of(workload.num_samples_per_update)
+    num_tokens = max(mean_tokens, longest)  # a sequence is never cut: with few samples a rank the longest one decides
+    count = math.ceil(num_tokens / (layout.max_tokens_per_micro_batch * PACKING_FILL))
+    if layout.virtual_pipeline_size:
+        count = math.ceil(count / layout.pipeline_parallel_size) * layout.pipeline_parallel_size
+    return MicroBatches(count, num_tokens / count, workload.mean_square)
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateSeconds:
+    """One optimizer step; every field adds to its time."""
+
+    forward: Seconds
+    backward: Seconds
+    recompute: float
+    pipeline_bubble: float
+    pipeline_parallel: float
+    """Activations and their gradients between stages."""
+    data_parallel: float
+    """Gradients reduced, parameters gathered, as far as it is waited for."""
+    optimizer: float
+    held_parameters: float
+    """On a rank of the fullest stage; no time."""
+    owned_parameters: float
+    """Of these, whose optimizer state is on the rank and on its GPU."""
+
+    @property
+    def total(self) -> float:
+        """The whole optimizer step."""
+        return (
+            self.forward.total
+            + self.backward.total
+            + self.recompute
+            + self.pipeline_bubble
+            + self.pipeline_parallel
+            + self.data_parallel
+            + self.optimizer
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    forward: Seconds
+    backward: Seconds
+    recompute: float
+    parameters: RankParameters
+
+    @property
+    def total(self) -> float:
+        return self.forward.total + self.backward.total + self.recompute
+
+
+def update_seconds(machine: Machine, shape: ModelShape, layout: Layout, batches: MicroBatches) -> UpdateSeconds:
+    """Forward and backward of all micro-batches, and the optimizer step."""
+    stages = _stages(machine, shape, layout, batches)
+    slowest = max(stages, key=lambda stage: stage.total)
+    m = batches.num_micro_batches
+    # While the pipeline fills and drains, the slowest stage waits for one micro-batch of every other one, or one chunk of it.
+    bubble = (sum(stage.total for stage in stages) - slowest.total) / layout.num_chunks
+    parameters = max((stage.parameters for stage in stages), key=lambda held: held.total)
+    return UpdateSeconds(
+        forward=slowest.forward * m,
+        backward=slowest.backward * m,
+        recompute=slowest.recompute * m,
+        pipeline_bubble=bubble,
+        pipeline_parallel=m * _between_stages(machine, shape, layout, batches, passes=2),
+        data_parallel=_data_parallel(machine, layout, parameters, slowest),
+        optimizer=_optimizer(machine, layout, parameters),
+        held_parameters=parameters.total,
+        owned_parameters=_owned(layout, parameters) * (1 - layout.optimizer_offload_fraction),
+    )
+
+
+def forward_seconds(machine: Machine, shape: ModelShape, layout: Layout, batches: MicroBatches) -> float:
+    """Forward passes alone, as for the old log-probabilities."""
+    stages = [stage.forward.total for stage in _stages(machine, shape, layout, batches)]
+    bubble = (sum(stages) - max(stages)) / layout.num_chunks
+    return batches.num_micro_batches * (max(stages) + _between_stages(machine, shape, layout, batches, passes=1)) + bubble
+
+
+def _stages(machine: Machine, shape: ModelShape, layout: Layout, batches: MicroBatches) -> list[_Stage]:
+    """One micro-batch on each stage."""
+    cut, tokens = Cut.of(layout), batches.tokens_per_micro_batch / layout.context_parallel_size
+
+    def layer(has_experts: bool, recomputed: bool = True) -> LayerSeconds:
+        recompute = layout.recompute if recomputed else NO_RECOMPUTE
+        return layer_seconds(machine, shape, cut, has_experts, tokens, batches.mean_square, recompute)
+
+    stages = []
+    num_stages = layout.pipeline_parallel_size
+    head = head_seconds(machine, shape, cut, tokens)
+    for number, chunks in enumerate(layout.layers_of(shape.num_layers)):
+        num_moe = sum(shape.moe_layers[layer_number] for chunk in chunks for layer_number in chunk)
+        num_dense = sum(map(len, chunks)) - num_moe
+        forward, backward, recompute = NO_TIME, NO_TIME, 0.0
+        for has_experts, count in ((False, num_dense), (True, num_moe)):
+            if count:
+                seconds = layer(has_experts)
+                forward, backward = forward + seconds.forward * count, backward + seconds.backward * count
+                recompute += seconds.recompute.total * count * _recomputed_share(layout, num_dense + num_moe)
+        is_last = number == num_stages - 1
+        if is_last:
+            forward, backward = forward + head.forward, backward + head.backward
+            for _ in range(shape.num_mtp_layers):
+                extra = layer(shape.moe_layers[-1], recomputed=False)
+                forward, backward = forward + extra.forward + head.forward, backward + extra.backward + head.backward
+        parameters = _held(shape, cut, num_dense, num_moe, number == 0, is_last)
+        stages.append(_Stage(forward, backward, recompute, parameters))
+    return stages
+
+
+def _recomputed_share(layout: Layout, num_layers: int) -> float:
+    recompute = layout.recompute
+    if recompute.granularity == "full" and recompute.method == "block":
+        return min(1.0, recompute.num_layers * layout.num_chunks / num_layers)
+    return 1.0
+
+
+def _between_stages(machine: Machine, shape: ModelShape, layout: Layout, batches: MicroBatches, *, passes: int) -> float:
+    """Of one micro-batch on one stage. The interleaved schedule sends beside its work, so only a part is waited for."""
+    if layout.pipeline_parallel_size == 1:
+        return 0.0
+    tokens = batches.tokens_per_micro_batch / layout.context_parallel_size
+    if layout.sequence_parallel:
+        tokens /= layout.tensor_parallel_size
+    stride = layout.world_size // layout.pipeline_parallel_size
+    once = machine.point_to_point(2 * tokens * shape.hidden_size, stride)
+    exposed = 0.25 * layout.num_chunks if layout.virtual_pipeline_size else 1.0
+    return passes * once * exposed
+
+
+@lru_cache(maxsize=50_000)
+def _held(shape: ModelShape, cut: Cut, num_dense: int, num_moe: int, has_embedding: bool, has_head: bool) -> RankParameters:
+    """Parameters of a rank whose stage has so many layers."""
+    layout = Layout(
+        tensor_parallel_size=cut.tensor,
+        expert_parallel_size=cut.expert,
+        expert_tensor_parallel_size=cut.expert_tensor,
+    )
+    weights = [weight for weight in layer_weights(shape, False) for _ in range(num_dense)]
+    weights += [weight for weight in layer_weights(shape, True) for _ in range(num_moe)] if num_moe else []
+    vocab = shape.padded_vocab_size(cut.tensor)
+    if has_embedding:
+        weights += embedding_weights(shape, vocab)
+    if has_head and not (has_embedding and shape.tied):
+        weights += head_weights(shape, vocab)
+    return rank_parameters(weights, layout)
+
+
+def _data_parallel(machine: Machine, layout: Layout, parameters: RankParameters, stage: _Stage) -> float:
+    """Gradients are reduced over all copies of the stage, then bf16 weights gathered (or gradients all-reduced, the same way)."""
+    options = machine.options
+    dense_copies, expert_copies = layout.data_parallel_size * layout.context_parallel_size, layout.expert_data_parallel_size
+    num_bytes = options.grad_bytes + (2 if layout.use_distributed_optimizer else options.grad_bytes)
+    seconds = machine.collective(num_bytes * parameters.dense, dense_copies, layout.tensor_parallel_size)
+    seconds += machine.collective(
+        num_bytes * parameters.expert, expert_copies, layout.expert_parallel_size * layout.expert_tensor_parallel_size
+    )
+    if not options.overlap_data_parallel:
+        return seconds
+    # Reduction runs beside one backward pass, gathering beside one forward pass; the first bucket of each is waited for.
+    return max(0.05 * seconds, seconds - stage.total)
+
+
+def _owned(layout: Layout, parameters: RankParameters) -> float:
+    """Parameters whose optimizer state is on one rank."""
+    if not layout.use_distributed_optimizer:
+        return float(parameters.total)
+    copies = layout.data_parallel_size * layout.context_parallel_size
+    return parameters.dense / copies + parameters.expert / layout.expert_data_parallel_size
+
+
+def _optimizer(machine: Machine, layout: Layout, parameters: RankParameters) -> float:
+    owned = _owned(layout, parameters)
+    on_host = owned * layout.optimizer_offload_fraction
+    seconds = machine.stream((owned - on_host) * OPTIMIZER_BYTES_PER_PARAMETER, 20)
+    seconds += machine.stream(4 * parameters.total)  # gradients set to zero
+    if on_host:
+        transfer = on_host * (machine.options.grad_bytes + 2) / (machine.gpu.pcie_gb_per_second * 1e9)
+        seconds += transfer + on_host / HOST_ADAM_PARAMETERS_PER_SECOND
+    return seconds
