@@ -76,6 +76,7 @@ def layer_activations(shape: ModelShape, has_experts: bool, layout: Layout, opti
         layout.recompute.modules if layout.recompute.granularity == "selective" else frozenset(),
         options.kernels,
         options.dropout,
+        0 if options.flash_attention else options.sequence_tokens,
         options.expert_imbalance,
         options.precision.activation_bytes,
     )
@@ -91,6 +92,7 @@ def _layer_activations(
     recomputed: frozenset[RecomputedPart],
     kernels: Kernels,
     dropout: bool,
+    score_tokens: int,
     expert_imbalance: float,
     width: int,
 ) -> LayerActivations:
@@ -102,7 +104,7 @@ def _layer_activations(
         routed=sequence * per_token * expert_imbalance * expert_tensor_parallel_size,
         routed_tensor=sequence * per_token * expert_imbalance,
     )
-    kept = layer_tensors(shape, has_experts, kernels, dropout, width)
+    kept = layer_tensors(shape, has_experts, kernels, dropout, score_tokens, width)
     live = [tensor for tensor in kept if not tensor.dropped_by & recomputed]
 
     def total(tensors: Iterable[Kept]) -> float:
@@ -119,11 +121,17 @@ def _layer_activations(
 
 
 @lru_cache(maxsize=256)
-def layer_tensors(shape: ModelShape, has_experts: bool, kernels: Kernels, dropout: bool, width: int) -> tuple[Kept, ...]:
-    """Everything a layer keeps without recompute; `width` is the bytes of an activation's element."""
+def layer_tensors(
+    shape: ModelShape, has_experts: bool, kernels: Kernels, dropout: bool, score_tokens: int, width: int
+) -> tuple[Kept, ...]:
+    """Everything a layer keeps without recompute; `width` is the bytes of an activation's element.
+
+    `score_tokens`: keys that each query's scores are kept for; 0 with flash attention.
+    """
     attention = _latent_attention(shape, width) if isinstance(shape.attention, LatentAttention) else _attention(shape, width)
     masks = (Kept("attention", 2 * shape.hidden_size, "sequence"),) if dropout else ()
-    return (*attention, *masks, *(_moe(shape, width) if has_experts else _dense_mlp(shape, width)))
+    scores = (Kept("attention", width * shape.attention.num_heads * score_tokens, "tensor", _CORE),) if score_tokens else ()
+    return (*attention, *masks, *scores, *(_moe(shape, width) if has_experts else _dense_mlp(shape, width)))
 
 
 _MLP = frozenset[RecomputedPart]({"mlp"})

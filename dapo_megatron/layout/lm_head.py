@@ -36,9 +36,11 @@ def head_memory(shape: ModelShape, layout: Layout, options: MemoryOptions) -> He
         held = 4 * tokens * h + 4 * vocab * h
         forward = gathered + rows + max((4 + width) * chunk, width * chunk + weight_grad)
         return HeadMemory(2 * local_rows, held + max(forward, rows + weight_grad))
-    logits = (2 if options.head_loss == "fused" else 6) * tokens * vocab
+    held, forward = (2, 2) if options.head_loss == "fused" else (4, 6)
+    # Each multi-token-prediction layer has been through the head before, and waits for its backward pass.
+    before = shape.num_mtp_layers * (held * tokens * vocab + 2 * local_rows)
     backward = 2 * tokens * vocab + weight_grad + rows
-    return HeadMemory(2 * local_rows, gathered + max(logits, backward))
+    return HeadMemory(2 * local_rows + before, gathered + max(forward * tokens * vocab, backward))
 
 
 def log_prob_workspace(shape: ModelShape, layout: Layout, options: MemoryOptions) -> float:

@@ -34,6 +34,14 @@ class MemoryOptions:
     kernels: Kernels = "transformer_engine"
     head_loss: HeadLoss = "chunked"
     precision: Precision = Precision()
+    fused_grad_accumulation: bool = False
+    """Linear layers add their gradients to the fp32 buffers themselves (Megatron-LM's default), at the price of dummy gradients."""
+    flash_attention: bool = True
+    """False: attention keeps the matrix of scores of every head."""
+    sequence_tokens: int = 0
+    """Longest sequence, for `flash_attention` False."""
+    layers: tuple[tuple[range, ...], ...] | None = None
+    """Layer numbers by [stage][chunk], where a pipeline is cut by hand. None: as megatron-core cuts it."""
     fully_sharded: bool = False
     """FSDP: weights, gradients and optimizer state are all sharded over data-parallel ranks."""
     vocab_multiple: int = 1
@@ -44,11 +52,13 @@ class MemoryOptions:
     """Tokens of the busiest expert-parallel rank over the mean."""
     weight_bucket_bytes: int = 512 * 2**20
     """Size of one piece of the weight sync."""
-    response_tokens_in_flight: int = 0
-    """Tokens that one engine should hold in its KV cache at the same time; 0: whatever fits."""
     disk_bytes_per_second: float = 2e9
     """Of one node, for the time of a checkpoint."""
     gpus_per_node: int = 8
+
+
+DEFAULT_OPTIONS = MemoryOptions()
+"""This project on GPUs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +121,10 @@ class MemoryPlan:
     stages: tuple[StageMemory, ...]
     host_items: tuple[MemoryItem, ...]
     checkpoint: CheckpointMemory
+    engine: PhaseMemory | None
+    """A GPU of an engine that has its own; None where engines and actor take turns on the same, or there are none."""
     kv_cache_tokens: int | None
-    """Tokens that the KV cache of one engine holds; None without engines or when nothing is left for it."""
+    """Tokens that the KV cache of one engine holds; None without engines."""
 
     @property
     def fullest(self) -> StageMemory:

@@ -62,6 +62,9 @@ class RankParameters:
             self.aligned_expert + other.aligned_expert,
         )
 
+    def __mul__(self, count: int) -> RankParameters:
+        return RankParameters(self.dense * count, self.expert * count, self.aligned_dense * count, self.aligned_expert * count)
+
 
 @lru_cache(maxsize=256)
 def layer_weights(shape: ModelShape, has_experts: bool, kernels: Kernels = "transformer_engine") -> tuple[Weight, ...]:
@@ -172,18 +175,24 @@ _ALIGNMENT = 64
 """megatron-core starts each parameter of a distributed optimizer's buffer at a multiple of so many elements."""
 
 
+def local_elements(weight: Weight, layout: Layout) -> int:
+    """Elements of one copy that a rank holds."""
+    elements = weight.rows * weight.columns
+    if weight.split == "none":
+        return elements
+    return elements // (layout.tensor_parallel_size if weight.split == "tensor" else layout.expert_tensor_parallel_size)
+
+
 def rank_parameters(weights: Iterable[Weight], layout: Layout) -> RankParameters:
     """What one rank holds of these matrices; the ends of buffers are not padded yet (`padded_buffer`)."""
     dense = expert = aligned_dense = aligned_expert = 0
     for weight in weights:
-        elements = weight.rows * weight.columns
+        elements = local_elements(weight, layout)
         if weight.split == "expert":
             copies = weight.copies // layout.expert_parallel_size
-            elements //= layout.expert_tensor_parallel_size
             expert += elements * copies
             aligned_expert += _align(elements, _ALIGNMENT) * copies
         else:
-            elements //= layout.tensor_parallel_size if weight.split == "tensor" else 1
             dense += elements * weight.copies
             aligned_dense += _align(elements, _ALIGNMENT) * weight.copies
     return RankParameters(dense, expert, aligned_dense, aligned_expert)

@@ -1,0 +1,239 @@
+"""Memory of a layout, itemised: device memory of every pipeline stage in every phase, host memory, checkpoint.
+
+A phase is what a rollout step does one after the other: `train`, `log_probs` (a forward pass), `rollout` and `sync`. The items of a
+phase add up to its peak: what torch's allocator has handed out at the fullest moment, what lies outside it (CUDA context, NCCL), and a
+margin for what it holds without having handed out. Nothing here is fitted to a model; docs/layouts.md names the sources.
+"""
+
+from __future__ import annotations
+
+from dapo_megatron.layout.activations import LayerActivations, layer_activations
+from dapo_megatron.layout.engine_memory import CUDA_CONTEXT_BYTES, GIB, EngineMemory, engine_memory
+from dapo_megatron.layout.in_flight import passes_in_flight
+from dapo_megatron.layout.layout import Layout
+from dapo_megatron.layout.lm_head import HeadMemory, head_memory, log_prob_workspace
+from dapo_megatron.layout.memory_records import (
+    DEFAULT_OPTIONS,
+    CheckpointMemory,
+    MemoryItem,
+    MemoryOptions,
+    MemoryPlan,
+    Phase,
+    PhaseMemory,
+    StageMemory,
+)
+from dapo_megatron.layout.model_shape import ModelShape
+from dapo_megatron.layout.parameters import num_params
+from dapo_megatron.layout.states import StageLayers, StageStates, stage_layers, stage_states
+
+NCCL_BYTES_PER_GROUP = GIB // 4
+"""Buffers of one NCCL communicator, outside torch's allocator."""
+MARGIN_FRACTION, MARGIN_BYTES = 0.03, 3 * GIB
+"""Kept free for what the allocator reserves and has not handed out (fragmentation): a share of what it hands out, and a fixed part."""
+PROCESS_HOST_BYTES = 6 * GIB
+"""Host memory of one rank's process: libraries, CUDA's host side, data."""
+
+OUTSIDE, MARGIN = "CUDA context and NCCL", "allocator margin"
+_NOT_FRAGMENTED = frozenset({"engine asleep", "engine weights", "KV cache", "engine context"})
+"""What another process holds, in one piece: no share of the margin is for it."""
+
+
+def plan_memory(shape: ModelShape, layout: Layout, gpu_bytes: float, options: MemoryOptions = DEFAULT_OPTIONS) -> MemoryPlan:
+    """Of a layout on GPUs of `gpu_bytes`; a rule of validity that it breaks is not noticed here (`config/checks.py`)."""
+    states, layers = stage_states(shape, layout, options), stage_layers(shape, layout, options)
+    engine = None if layout.engine is None else engine_memory(shape, layout.engine, options)
+    colocated = engine if layout.engine is not None and layout.engine.colocated else None
+    stages = tuple(
+        StageMemory(stage, _phases(shape, layout, options, gpu_bytes, stage, states[stage], layers[stage], colocated))
+        for stage in range(layout.pipeline_parallel_size)
+    )
+    own, kv_tokens = None, None
+    if engine is not None and layout.engine is not None:
+        pool = engine.kv_pool_bytes(layout.engine.mem_fraction_static, gpu_bytes)
+        kv_tokens = int(pool / engine.kv_bytes_per_token)
+        own = None if colocated else _engine_phase(engine, pool)
+    return MemoryPlan(stages, _host_items(layout, options, states), _checkpoint(shape, layout, options), own, kv_tokens)
+
+
+def train_allocated_bytes(shape: ModelShape, layout: Layout, options: MemoryOptions = DEFAULT_OPTIONS) -> tuple[float, ...]:
+    """[stage]: the most that torch's allocator hands out in training (`torch.cuda.max_memory_allocated`). Cheap: for searches."""
+    states, layers = stage_states(shape, layout, options), stage_layers(shape, layout, options)
+    return tuple(
+        sum(num_bytes for _, num_bytes in _train(shape, layout, options, stage, states[stage], layers[stage]))
+        for stage in range(layout.pipeline_parallel_size)
+    )
+
+
+def with_margin(allocated_bytes: float, layout: Layout) -> float:
+    """What a device needs for a phase whose allocations are these: context, NCCL and the allocator's margin come on top."""
+    return allocated_bytes + _outside(layout) + MARGIN_FRACTION * allocated_bytes + MARGIN_BYTES
+
+
+def _phases(
+    shape: ModelShape,
+    layout: Layout,
+    options: MemoryOptions,
+    gpu_bytes: float,
+    stage: int,
+    states: StageStates,
+    layers: StageLayers,
+    engine: EngineMemory | None,
+) -> tuple[PhaseMemory, ...]:
+    asleep = [] if engine is None else [("engine asleep", engine.asleep_bytes)]
+    phases = [
+        _phase("train", [*_train(shape, layout, options, stage, states, layers), *asleep], layout),
+        _phase("log_probs", [*_log_probs(shape, layout, options, stage, states, layers), *asleep], layout),
+    ]
+    if engine is not None and layout.engine is not None:
+        weights = 0.0 if layout.swap_parameters else states.weight_bytes
+        grads = 0.0 if layout.swap_parameters else states.grad_bytes
+        optimizer = 0.0 if layout.swap_optimizer else states.optimizer_bytes
+        resident = [("weights", weights), ("gradients", grads), ("optimizer state", optimizer)]
+        pool = engine.kv_pool_bytes(layout.engine.mem_fraction_static, gpu_bytes)
+        graphs = engine.asleep_bytes - CUDA_CONTEXT_BYTES
+        phases += [
+            _phase(
+                "rollout",
+                [
+                    *resident,
+                    ("engine weights", engine.weight_bytes),
+                    ("KV cache", pool),
+                    ("engine workspace", engine.workspace_bytes + graphs),
+                    ("engine context", CUDA_CONTEXT_BYTES),
+                ],
+                layout,
+            ),
+            _phase(
+                "sync",
+                [
+                    ("weights", states.weight_bytes),
+                    *resident[1:],
+                    ("engine weights", engine.weight_bytes),
+                    ("weight buckets", 2 * options.weight_bucket_bytes),
+                    *asleep,
+                ],
+                layout,
+            ),
+        ]
+    return tuple(phases)
+
+
+def _phase(phase: Phase, items: list[tuple[str, float]], layout: Layout) -> PhaseMemory:
+    allocated = sum(num_bytes for name, num_bytes in items if name not in _NOT_FRAGMENTED)
+    items = [*items, (OUTSIDE, _outside(layout)), (MARGIN, MARGIN_FRACTION * allocated + MARGIN_BYTES)]
+    return PhaseMemory(phase, tuple(MemoryItem(name, round(num_bytes)) for name, num_bytes in items if num_bytes))
+
+
+def _train(
+    shape: ModelShape, layout: Layout, options: MemoryOptions, stage: int, states: StageStates, layers: StageLayers
+) -> list[tuple[str, float]]:
+    tokens, is_last = layout.tokens_per_rank, stage == layout.pipeline_parallel_size - 1
+    passes = passes_in_flight(stage, layout.pipeline_parallel_size, layout.num_chunks, layout.num_micro_batches)
+    attention = mlp = experts = inputs = workspace = 0.0
+    for has_experts, counts in ((False, layers.dense), (True, layers.moe)):
+        held = sum(count * number for count, number in zip(counts, passes, strict=True))
+        mtp = shape.num_mtp_layers if is_last and shape.moe_layers[-1] is has_experts else 0
+        if not held and not mtp:
+            continue
+        layer = layer_activations(shape, has_experts, layout, options)
+        kept, recomputed = _held(layer, counts, passes, layout)
+        attention += layer.attention * (kept + mtp)
+        mlp += layer.mlp * (kept + mtp)
+        experts += layer.experts * (kept + mtp)
+        # A multi-token-prediction layer also keeps both its inputs, normed, and their concatenation.
+        inputs += layer.input * (recomputed + 4 * mtp)
+        live = layer.kept * (layout.recompute.num_layers if layout.recompute.method == "uniform" else 1) if recomputed else 0.0
+        workspace = max(workspace, layer.transient + layer.recomputed + live)
+    head = head_memory(shape, layout, options) if is_last else HeadMemory(0.0, 0.0)
+    return [
+        ("weights", states.weight_bytes),
+        ("gradients", states.grad_bytes),
+        ("optimizer state", states.optimizer_bytes),
+        ("activations: attention", attention * tokens),
+        ("activations: MLP", mlp * tokens),
+        ("activations: experts", experts * tokens),
+        ("activations: layer inputs", inputs * tokens),
+        ("LM head and loss", head.kept_bytes + head.workspace_bytes),
+        ("backward workspace", max(0.0, workspace * tokens - head.workspace_bytes)),
+        ("gradient buffers of linear layers", states.dummy_grad_bytes),
+    ]
+
+
+def _held(layer: LayerActivations, counts: tuple[int, ...], passes: tuple[int, ...], layout: Layout) -> tuple[float, float]:
+    """Layers in flight that keep everything, and inputs of layers (or of groups of them) that full recompute keeps instead."""
+    recompute = layout.recompute
+    in_flight = sum(count * number for count, number in zip(counts, passes, strict=True))
+    if recompute.granularity != "full":
+        return in_flight, 0.0
+    if recompute.method == "uniform":
+        return 0.0, in_flight / recompute.num_layers
+    recomputed = sum(min(count, recompute.num_layers) * number for count, number in zip(counts, passes, strict=True))
+    return in_flight - recomputed, recomputed
+
+
+def _log_probs(
+    shape: ModelShape, layout: Layout, options: MemoryOptions, stage: int, states: StageStates, layers: StageLayers
+) -> list[tuple[str, float]]:
+    tokens, is_last = layout.tokens_per_rank, stage == layout.pipeline_parallel_size - 1
+    kinds = [has_experts for has_experts, counts in ((False, layers.dense), (True, layers.moe)) if sum(counts)]
+    of_kinds = [layer_activations(shape, has_experts, layout, options) for has_experts in kinds]
+    # Without a backward pass a part's tensors die with it: at most those of one part, and the residual.
+    forward = max((layer.input + max(layer.attention, layer.mlp, layer.experts) for layer in of_kinds), default=0.0) * tokens
+    head = log_prob_workspace(shape, layout, options) if is_last else 0.0
+    return [
+        ("weights", states.weight_bytes),
+        ("gradients", states.grad_bytes),
+        ("optimizer state", states.optimizer_bytes),
+        ("forward workspace", forward),
+        ("LM head and loss", max(0.0, head - forward)),
+    ]
+
+
+def _engine_phase(engine: EngineMemory, pool: float) -> PhaseMemory:
+    items = [
+        ("engine weights", engine.weight_bytes),
+        ("KV cache", pool),
+        ("engine workspace", engine.workspace_bytes + engine.asleep_bytes - CUDA_CONTEXT_BYTES),
+        (OUTSIDE, CUDA_CONTEXT_BYTES + NCCL_BYTES_PER_GROUP),
+    ]
+    return PhaseMemory("rollout", tuple(MemoryItem(name, round(num_bytes)) for name, num_bytes in items))
+
+
+def _outside(layout: Layout) -> float:
+    sizes = (
+        layout.tensor_parallel_size,
+        layout.pipeline_parallel_size,
+        layout.context_parallel_size,
+        layout.data_parallel_size,
+        layout.expert_parallel_size,
+        layout.expert_tensor_parallel_size,
+    )
+    return CUDA_CONTEXT_BYTES + NCCL_BYTES_PER_GROUP * (1 + sum(size > 1 for size in sizes))
+
+
+def _host_items(layout: Layout, options: MemoryOptions, states: tuple[StageStates, ...]) -> tuple[MemoryItem, ...]:
+    """Of the node whose ranks are all of the stage with the largest share."""
+    ranks = min(options.gpus_per_node, layout.world_size)
+    offloaded = max(state.host_optimizer_bytes for state in states)
+    swapped = max(
+        (state.weight_bytes if layout.swap_parameters else 0.0) + (state.optimizer_bytes if layout.swap_optimizer else 0.0)
+        for state in states
+    )
+    # A save copies what the rank writes before a thread writes it: its weights, once per model copy, and its optimizer shard.
+    staged = max(state.weight_bytes + state.optimizer_shard_bytes for state in states)
+    # Adam on the host keeps a gradient of its share beside the state.
+    gradients = offloaded / 3
+    items = (
+        ("processes", PROCESS_HOST_BYTES),
+        ("optimizer state computed on the host", offloaded + gradients),
+        ("weights and optimizer state swapped out", swapped),
+        ("copy of a checkpoint being written", staged),
+    )
+    return tuple(MemoryItem(name, round(num_bytes * ranks)) for name, num_bytes in items if num_bytes)
+
+
+def _checkpoint(shape: ModelShape, layout: Layout, options: MemoryOptions) -> CheckpointMemory:
+    precision, params = options.precision, num_params(shape)
+    weights, optimizer = params * precision.weight_bytes, params * (precision.master_bytes + 2 * precision.moment_bytes)
+    num_nodes = max(1, layout.world_size // options.gpus_per_node)
+    return CheckpointMemory(weights, optimizer, (weights + optimizer) / (options.disk_bytes_per_second * num_nodes))

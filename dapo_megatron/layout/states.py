@@ -1,0 +1,177 @@
+"""Weights, gradients and optimizer state of each pipeline stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from dapo_megatron.layout.layout import Layout
+from dapo_megatron.layout.memory_records import MemoryOptions
+from dapo_megatron.layout.model_shape import ModelShape
+from dapo_megatron.layout.parameters import (
+    RankParameters,
+    Weight,
+    embedding_weights,
+    head_weights,
+    layer_weights,
+    local_elements,
+    mtp_weights,
+    padded_buffer,
+    rank_parameters,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StageStates:
+    """Of one rank of a stage, the mean over its data-parallel copies."""
+
+    num_params: int
+    weight_bytes: float
+    grad_bytes: float
+    optimizer_bytes: float
+    """On the device."""
+    host_optimizer_bytes: float
+    """In host memory, where Adam runs there (`optimizer_offload_fraction`)."""
+    optimizer_shard_bytes: float
+    """On the device and in host memory together."""
+    dummy_grad_bytes: float
+    """One low-precision gradient of each distinct matrix, which TransformerEngine keeps where it adds gradients up itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageLayers:
+    """How many layers without and with experts each model chunk of a stage has."""
+
+    dense: tuple[int, ...]
+    moe: tuple[int, ...]
+
+
+def stage_layers(shape: ModelShape, layout: Layout, options: MemoryOptions) -> tuple[StageLayers, ...]:
+    """[stage], as `options.layers` says or else as megatron-core cuts the model."""
+    given = options.layers
+    return _stage_layers(shape.moe_layers, layout.layers_of(shape.num_layers) if given is None else given)
+
+
+@lru_cache(maxsize=4096)
+def _stage_layers(moe_layers: tuple[bool, ...], layers: tuple[tuple[range, ...], ...]) -> tuple[StageLayers, ...]:
+    counts = [[sum(moe_layers[layer] for layer in chunk) for chunk in chunks] for chunks in layers]
+    return tuple(
+        StageLayers(tuple(len(chunk) - moe for chunk, moe in zip(chunks, moes, strict=True)), tuple(moes))
+        for chunks, moes in zip(layers, counts, strict=True)
+    )
+
+
+def stage_states(shape: ModelShape, layout: Layout, options: MemoryOptions) -> tuple[StageStates, ...]:
+    """[stage]. Independent of micro-batches and recompute."""
+    return _stage_states(
+        shape,
+        stage_layers(shape, layout, options),
+        layout.tensor_parallel_size,
+        layout.expert_parallel_size,
+        layout.expert_tensor_parallel_size,
+        layout.data_parallel_size * layout.context_parallel_size,
+        layout.expert_data_parallel_size,
+        layout.use_distributed_optimizer,
+        layout.optimizer_offload_fraction,
+        options,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _stage_states(
+    shape: ModelShape,
+    layers: tuple[StageLayers, ...],
+    tp: int,
+    ep: int,
+    etp: int,
+    num_shards: int,
+    num_expert_shards: int,
+    distributed: bool,
+    offload_fraction: float,
+    options: MemoryOptions,
+) -> tuple[StageStates, ...]:
+    layout = Layout(tensor_parallel_size=tp, expert_parallel_size=ep, expert_tensor_parallel_size=etp)
+    stages = []
+    for stage, counts in enumerate(layers):
+        chunks = [
+            _chunk_weights(
+                shape,
+                dense,
+                moe,
+                options,
+                tp,
+                first=stage == 0 and chunk == 0,
+                last=stage == len(layers) - 1 and chunk == len(counts.moe) - 1,
+            )
+            for chunk, (dense, moe) in enumerate(zip(counts.dense, counts.moe, strict=True))
+        ]
+        stages.append(_states(chunks, layout, num_shards, num_expert_shards, distributed, offload_fraction, options))
+    return tuple(stages)
+
+
+type _Counted = tuple[tuple[Weight, int], ...]
+"""Matrices, and how often each is there."""
+
+
+def _chunk_weights(
+    shape: ModelShape, num_dense: int, num_moe: int, options: MemoryOptions, tp: int, *, first: bool, last: bool
+) -> _Counted:
+    vocab = shape.padded_vocab_size(options.vocab_multiple * tp)
+    weights: list[tuple[Weight, int]] = []
+    for has_experts, count in ((False, num_dense), (True, num_moe)):
+        if count:
+            weights += [(weight, count) for weight in layer_weights(shape, has_experts, options.kernels)]
+    if first:
+        weights += [(weight, 1) for weight in embedding_weights(shape, vocab)]
+    if last:
+        head = head_weights(shape, vocab)
+        weights += [(weight, 1) for weight in (head[:-1] if shape.tied and first else head)]
+        if shape.num_mtp_layers:
+            weights += [(weight, shape.num_mtp_layers) for weight in mtp_weights(shape, options.kernels)]
+            weights += [] if first else [(weight, 1) for weight in embedding_weights(shape, vocab)]
+    return tuple(weights)
+
+
+def _of_rank(weights: _Counted, layout: Layout) -> RankParameters:
+    return sum((rank_parameters((weight,), layout) * count for weight, count in weights), RankParameters())
+
+
+def _states(
+    chunks: list[_Counted],
+    layout: Layout,
+    num_shards: int,
+    num_expert_shards: int,
+    distributed: bool,
+    offload_fraction: float,
+    options: MemoryOptions,
+) -> StageStates:
+    precision = options.precision
+    ranks = [_of_rank(weights, layout) for weights in chunks]
+    dense, expert = sum(rank.dense for rank in ranks), sum(rank.expert for rank in ranks)
+    weights = {weight for chunk in chunks for weight, _ in chunk}
+    held: float = dense + expert
+    if distributed:
+        held = sum(
+            padded_buffer(rank.aligned_dense, num_shards) + padded_buffer(rank.aligned_expert, num_expert_shards)
+            for rank in ranks
+        )
+    sharded = distributed or options.fully_sharded
+    shard = dense / num_shards + expert / num_expert_shards if sharded else dense + expert
+    optimizer = shard * (precision.master_bytes + 2 * precision.moment_bytes)
+    whole = 0.0
+    if options.fully_sharded:
+        # The layer at work and the next one are whole, with the gradient of the first.
+        # `chunk` names each matrix once, whatever its number of layers.
+        held, whole = shard, max(sum(rank_parameters((weight,), layout).total for weight, _ in chunk) for chunk in chunks)
+    distinct = {
+        (weight.rows, weight.columns, weight.split): local_elements(weight, layout) for weight in weights if weight.columns > 1
+    }
+    return StageStates(
+        num_params=dense + expert,
+        weight_bytes=precision.weight_bytes * (held + 2 * whole),
+        grad_bytes=precision.grad_bytes * (held + whole),
+        optimizer_bytes=optimizer * (1 - offload_fraction),
+        host_optimizer_bytes=optimizer * offload_fraction,
+        optimizer_shard_bytes=optimizer,
+        dummy_grad_bytes=precision.weight_bytes * sum(distinct.values()) if options.fused_grad_accumulation else 0.0,
+    )

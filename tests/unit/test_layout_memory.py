@@ -1,0 +1,167 @@
+"""Memory of a layout: exact counts against hand arithmetic, and how each setting moves the peak."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from dapo_megatron.layout.engine_memory import engine_memory, kv_elements_per_token
+from dapo_megatron.layout.in_flight import passes_in_flight
+from dapo_megatron.layout.layout import FULL_RECOMPUTE, EngineLayout, Layout, Recompute
+from dapo_megatron.layout.memory import plan_memory, train_allocated_bytes
+from dapo_megatron.layout.memory_records import MemoryOptions, Precision
+from dapo_megatron.layout.model_shape import ModelShape
+from dapo_megatron.layout.parameters import num_active_params, num_params
+from dapo_megatron.layout.states import stage_states
+from tests.published_configs import DEEPSEEK_V3, LLAMA3_2_1B, LLAMA3_70B, MIXTRAL_8X7B, QWEN2_5_32B, QWEN3_8B, QWEN3_235B_A22B
+
+GIB = 2**30
+H100 = 80 * GIB
+QWEN_32B = ModelShape.from_hf(QWEN2_5_32B)
+EIGHT_WAY = Layout(
+    tensor_parallel_size=8, data_parallel_size=16, sequence_parallel=True, max_tokens_per_micro_batch=32768, num_micro_batches=4
+)
+
+
+@pytest.mark.parametrize(
+    "config, billions, active",
+    [
+        (QWEN3_8B, 8.19, 8.19),
+        (LLAMA3_70B, 70.55, 70.55),
+        (QWEN2_5_32B, 32.76, 32.76),
+        (MIXTRAL_8X7B, 46.70, 12.88),
+        (QWEN3_235B_A22B, 235.09, 22.19),
+        (DEEPSEEK_V3, 671.03, 37.55),
+    ],
+)
+def test_parameters_are_the_published_number(config, billions, active):
+    shape = ModelShape.from_hf(config)
+    assert round(num_params(shape) / 1e9, 2) == billions and round(num_active_params(shape) / 1e9, 2) == active
+
+
+def test_one_rank_holds_eighteen_bytes_a_parameter():
+    shape = ModelShape.from_hf(LLAMA3_2_1B)
+    (states,) = stage_states(shape, Layout(use_distributed_optimizer=False), MemoryOptions())
+    assert states.num_params == num_params(shape)
+    assert states.weight_bytes + states.grad_bytes + states.optimizer_bytes == 18 * num_params(shape)
+
+
+def test_distributed_optimizer_shards_only_its_state():
+    shape = ModelShape.from_hf(LLAMA3_70B)
+    (states,) = stage_states(shape, Layout(data_parallel_size=8), MemoryOptions())
+    assert states.weight_bytes == pytest.approx(2 * num_params(shape), rel=1e-6)
+    assert states.grad_bytes == pytest.approx(4 * num_params(shape), rel=1e-6)
+    assert states.optimizer_bytes == pytest.approx(12 / 8 * num_params(shape), rel=1e-6)
+
+
+def test_experts_are_sharded_over_their_own_data_parallel_ranks():
+    shape = ModelShape.from_hf(MIXTRAL_8X7B)
+    alone = stage_states(shape, Layout(expert_parallel_size=8, data_parallel_size=8), MemoryOptions())[0]
+    twice = stage_states(shape, Layout(expert_parallel_size=8, data_parallel_size=16), MemoryOptions())[0]
+    experts = 32 * 3 * 4096 * 14336
+    dense = num_params(shape) - 8 * experts
+    assert alone.num_params == twice.num_params == dense + experts
+    assert alone.optimizer_bytes == 12 * (dense / 8 + experts) and twice.optimizer_bytes == 12 * (dense / 16 + experts / 2)
+
+
+def test_tied_matrix_is_once_on_one_stage_and_twice_on_two():
+    shape = ModelShape.from_hf(LLAMA3_2_1B)
+    one = stage_states(shape, Layout(), MemoryOptions())
+    two = stage_states(shape, Layout(pipeline_parallel_size=2), MemoryOptions())
+    assert sum(stage.num_params for stage in two) - one[0].num_params == 128256 * 2048
+
+
+def test_bf16_moments_and_offload_leave_the_device():
+    options = MemoryOptions(precision=Precision(moment_bytes=2))
+    (states,) = stage_states(QWEN_32B, replace(EIGHT_WAY, optimizer_offload_fraction=0.5), options)
+    assert states.optimizer_bytes == states.host_optimizer_bytes == pytest.approx(states.num_params * 8 / 16 / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "stage, stages, chunks, micro_batches, passes",
+    [
+        (0, 4, 1, 32, (4,)),
+        (3, 4, 1, 32, (1,)),
+        (0, 4, 1, 2, (2,)),
+        (0, 2, 2, 8, (3, 2)),
+        (3, 4, 8, 4, (4, 4, 4, 4, 4, 4, 4, 1)),
+        (0, 4, 2, 32, (7, 4)),
+    ],
+)
+def test_passes_in_flight(stage, stages, chunks, micro_batches, passes):
+    assert passes_in_flight(stage, stages, chunks, micro_batches) == passes
+
+
+def test_less_is_kept_the_more_is_recomputed():
+    def peak(recompute: Recompute) -> float:
+        return train_allocated_bytes(QWEN_32B, replace(EIGHT_WAY, recompute=recompute))[0]
+
+    modules = Recompute("selective", frozenset({"mlp"}))
+    block = Recompute("full", method="block", num_layers=32)
+    everything, parts, half, full = peak(Recompute()), peak(modules), peak(block), peak(FULL_RECOMPUTE)
+    assert full < half < everything and full < parts < everything
+
+
+def test_first_stage_of_a_pipeline_holds_the_most_activations():
+    layout = replace(EIGHT_WAY, pipeline_parallel_size=4, data_parallel_size=4, num_micro_batches=8)
+    activations = [stage.phases[0].bytes_of("activations: attention") for stage in plan_memory(QWEN_32B, layout, H100).stages]
+    assert activations[0] == 4 * activations[3] and activations[1] == 3 * activations[3]
+
+
+def test_whole_logits_take_what_the_issue_trackers_report_and_chunks_do_not():
+    shape = ModelShape.from_hf(QWEN3_8B)
+    layout = Layout(max_tokens_per_micro_batch=20480)
+    unfused = plan_memory(shape, layout, H100, MemoryOptions(head_loss="unfused")).fullest.phases[0]
+    assert unfused.bytes_of("LM head and loss") > 6 * 20480 * 151936
+    short, long = (
+        plan_memory(shape, replace(layout, max_tokens_per_micro_batch=tokens), H100).fullest.phases[1] for tokens in (1024, 20480)
+    )
+    logits = 6 * 1024 * 151936
+    assert short.bytes_of("LM head and loss") + short.bytes_of("forward workspace") > logits
+    assert long.bytes_of("LM head and loss") < 6 * 20480 * 151936 / 4
+
+
+def test_items_add_up_and_margin_is_among_them():
+    engine = EngineLayout(tensor_parallel_size=4, num_engines=32, mem_fraction_static=0.5)
+    plan = plan_memory(QWEN_32B, replace(EIGHT_WAY, engine=engine, swap_optimizer=True, swap_parameters=True), H100)
+    (stage,) = plan.stages
+    assert [phase.phase for phase in stage.phases] == ["train", "log_probs", "rollout", "sync"]
+    for phase in stage.phases:
+        assert phase.total_bytes == sum(item.num_bytes for item in phase.items)
+        assert phase.bytes_of("allocator margin") >= 3 * GIB and phase.bytes_of("CUDA context and NCCL") > 0
+    rollout = stage.phases[2]
+    assert rollout.bytes_of("weights") == 0
+    assert rollout.bytes_of("KV cache") + rollout.bytes_of("engine weights") == pytest.approx(0.5 * H100)
+    assert plan.kv_cache_tokens == rollout.bytes_of("KV cache") * 4 // (2 * 2 * 64 * 8 * 128)
+    assert plan.host_bytes > 8 * 6 * GIB
+
+
+def test_split_engine_has_its_own_account():
+    engine = EngineLayout(tensor_parallel_size=2, num_engines=4, colocated=False)
+    plan = plan_memory(QWEN_32B, replace(EIGHT_WAY, engine=engine), H100)
+    assert [phase.phase for phase in plan.stages[0].phases] == ["train", "log_probs"]
+    assert plan.engine is not None and plan.engine.total_bytes < H100
+
+
+@pytest.mark.parametrize("config, kib", [(QWEN3_8B, 144), (DEEPSEEK_V3, 68.625), (QWEN2_5_32B, 256)])
+def test_kv_cache_of_a_token(config, kib):
+    assert kv_elements_per_token(ModelShape.from_hf(config), 1) * 2 / 1024 == kib
+
+
+def test_kv_groups_are_repeated_on_more_ranks_than_groups():
+    shape = ModelShape.from_hf(QWEN3_8B)
+    assert kv_elements_per_token(shape, 8) == kv_elements_per_token(shape, 16)
+    latent = ModelShape.from_hf(DEEPSEEK_V3)
+    assert kv_elements_per_token(latent, 1) == kv_elements_per_token(latent, 16)
+
+
+def test_engine_weights_are_the_models():
+    weights = engine_memory(QWEN_32B, EngineLayout(), MemoryOptions()).weight_bytes
+    assert weights == pytest.approx(2 * num_params(QWEN_32B), rel=1e-3)
+
+
+def test_checkpoint_is_fourteen_bytes_a_parameter():
+    checkpoint = plan_memory(QWEN_32B, EIGHT_WAY, H100).checkpoint
+    assert checkpoint.total_bytes == 14 * num_params(QWEN_32B)
+    assert checkpoint.save_seconds == pytest.approx(14 * num_params(QWEN_32B) / (2e9 * 16))
