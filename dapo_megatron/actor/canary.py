@@ -109,7 +109,7 @@ def _optimizer_sums(policy: Policy, device: torch.device) -> dict[str, float]:
 
 
 def _layout(config: Config, device: torch.device) -> dict[str, str]:
-    actor = config.actor.model_dump(mode="json", exclude={"optimizer"})
+    actor = config.actor.model_dump(mode="json", exclude={"optimizer", "offload"})
     hardware = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"

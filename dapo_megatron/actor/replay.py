@@ -24,6 +24,7 @@ BUCKET_BYTES = 64 * 2**20
 def replay(worker: ActorWorker, batch: TrainBatch, rollout_step: int) -> Replay | None:
     """Train on the batch; collective. The replay on rank 0, None elsewhere. The worker's weights are the updated ones afterwards."""
     policy, mapping = worker.policy, worker.mapping
+    worker.memory.take_back()
     boxes = gradient_boxes(policy.modules)
     gradients: dict[str, np.ndarray] = {}
 

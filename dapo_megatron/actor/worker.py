@@ -18,6 +18,7 @@ from dapo_megatron.actor import canary, checkpoint, parallel
 from dapo_megatron.actor.checkpoint import BackgroundSave
 from dapo_megatron.actor.live_weights import live_boxes, load_hf
 from dapo_megatron.actor.micro_batch import MicroBatchTensors, to_tensors
+from dapo_megatron.actor.offload import ActorMemory, OffloadedMemory
 from dapo_megatron.actor.optimizer import learning_rate, set_schedule
 from dapo_megatron.actor.policy import Policy, build_modules, wrap
 from dapo_megatron.actor.step import LossStatistics, compute_log_probs, train_micro_batches
@@ -56,6 +57,7 @@ class ActorWorker:
         self.policy: Policy = wrap(modules, settings, architecture, config)
         self._sender = WeightSender(self.mapping, live_boxes(modules), config.rollout.weight_bucket_mib * 2**20)
         self._pusher: WeightPusher | None = None
+        self.memory = OffloadedMemory(self.policy, self._device) if config.actor.offload else ActorMemory()
 
     def train(self, batch: TrainBatch, rollout_step: int) -> dict[str, float]:
         """Old log-probs, then one optimizer step per entry of the batch. Returns the actor's metrics, equal on all ranks.
@@ -74,6 +76,7 @@ class ActorWorker:
         self, batch: TrainBatch, rollout_step: int, before_step: Callable[[int], None] = lambda index: None
     ) -> list[Update]:
         """As `train`, one record per optimizer step; `before_step` is called with its index when its gradients are complete."""
+        self.memory.take_back()
         set_schedule(self.policy.optimizer, self._config.actor, rollout_step)
         steps = [self.tensors(step) for step in batch.optimizer_steps]
         old_log_probs = self._old_log_probs(steps)
@@ -95,16 +98,23 @@ class ActorWorker:
 
     def send_weights(self, version: int) -> Iterator[WeightBucket | WeightManifest]:
         """The policy in HF layout: buckets, then the manifest with fingerprints. Yields on rank 0 only."""
-        yield from self._sender.send(version)
+        with self.memory.sending():
+            yield from self._sender.send(version)
 
     def push_weights(self, version: int, endpoints: Sequence[EngineEndpoint], node: str) -> PushReport | None:
         """Bring the policy to rollout servers, see `WeightPusher.push`; the report on rank 0, whose machine has the address `node`."""
-        if self._pusher is None:
-            self._pusher = configured_pusher(self._config, self.mapping, live_boxes(self.policy.modules))
-        return self._pusher.push(version, transports(self._config, endpoints, node))
+        with self.memory.sending():
+            if self._pusher is None:
+                self._pusher = configured_pusher(self._config, self.mapping, live_boxes(self.policy.modules))
+            return self._pusher.push(version, transports(self._config, endpoints, node))
+
+    def make_room(self) -> dict[str, float]:
+        """Leave the device to the engines, but for the parameters, which go after the next send; metrics of this rank's moves."""
+        return self.memory.make_room()
 
     def start_save(self, directory: Path) -> None:
         """Copy weights, optimizer and random streams to host memory and begin to write them; `finish_save` must follow."""
+        self.memory.take_back()
         self._save = BackgroundSave(self.policy, directory, canary.measure(self.policy, self._config, self._device))
 
     def save_is_written(self) -> bool:
@@ -122,6 +132,7 @@ class ActorWorker:
         it was saved (with `allow_canary` that is a warning).
         """
         checkpoint.check_files(directory, digests)
+        self.memory.take_back()
         checkpoint.load(self.policy, directory)
         now = canary.measure(self.policy, self._config, self._device)
         difference = canary.first_difference(checkpoint.load_canary(directory), now)

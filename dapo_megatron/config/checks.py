@@ -90,6 +90,7 @@ def check_config(
         *_rewards(config),
         *_log_probs(config),
         *_rollout_lag(config),
+        *_offload(config),
         *rank_problems(config.actor),
         *_one_process(config),
         *_servers(config),
@@ -168,6 +169,11 @@ def _one_process(config: Config) -> Iterator[str]:
     ):
         if value != 1:
             yield f"{name} ({value}) must be 1 where cluster.backend is local: all is one process; use 1, or cluster.backend ray."
+    if config.rollout.engine.num_threads is not None:
+        yield (
+            f"rollout.engine.num_threads ({config.rollout.engine.num_threads}) has no effect where cluster.backend is local: rank and engine "
+            f"take turns in the actor.num_threads ({config.actor.num_threads}) threads of one process; set those, or remove it."
+        )
 
 
 def _servers(config: Config) -> Iterator[str]:
@@ -304,6 +310,18 @@ def _rollout_lag(config: Config) -> Iterator[str]:
             "train.rollout_lag 1 needs cluster.placement split (now colocated): engines sample while the actor trains, on devices of "
             "their own; use split, or train.rollout_lag 0."
         )
+
+
+def _offload(config: Config) -> Iterator[str]:
+    if not config.actor.offload:
+        return
+    if config.cluster.placement != "colocated":
+        yield (
+            f"actor.offload has no effect with cluster.placement {config.cluster.placement}: engines have devices of their own; "
+            "remove it, or use placement colocated."
+        )
+    if config.train.rollout_lag:
+        yield "actor.offload needs train.rollout_lag 0 (now 1): engines that sample beside the actor leave it no turn; use one of the two."
 
 
 def _restarts(config: Config) -> Iterator[str]:

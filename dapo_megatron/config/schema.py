@@ -198,6 +198,9 @@ class ActorConfig(Section):
     """Packed tokens of one micro-batch; a longer single sequence gets a micro-batch of its own."""
     log_prob_chunk_tokens: PositiveInt = 1024
     """Tokens whose logits exist at the same time in the LM head."""
+    offload: bool = False
+    """Keep parameters and optimizer state in pinned host memory, and no gradient buffers, while engines generate on the same devices;
+    for cluster.placement colocated. Each rank needs as much host memory."""
     num_threads: PositiveInt = 1
     """CPU threads of a rank."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -229,7 +232,7 @@ class HfEngineConfig(Section):
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Compute dtype of the engine."""
     num_threads: PositiveInt | None = None
-    """CPU threads. None: the cores of the machine divided by num_engines."""
+    """CPU threads. None: the cores of the machine divided by num_engines; with cluster.backend local those of the actor."""
 
 
 class SglangEngineConfig(Section):

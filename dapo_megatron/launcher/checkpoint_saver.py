@@ -97,9 +97,16 @@ class CheckpointSaver:
         written, self._written = self._written, None
         try:
             await asyncio.to_thread(self._folder.complete_checkpoint, written.directory, written.digests)
-            await asyncio.to_thread(self._folder.prune, self._config.keep_last, self._config.keep_every)
         except OSError as error:
             self._failed(written.directory, error)
+            return
+        try:
+            await asyncio.to_thread(self._folder.prune, self._config.keep_last, self._config.keep_every)
+        except OSError as error:
+            logger.error(
+                f"older checkpoints than checkpoint.keep_last ({self._config.keep_last}) wants could not be removed: {error}. "
+                f"{written.directory.name} is saved; mend permissions under {self._folder.checkpoints}, it is tried again after the next save."
+            )
 
     def _failed(self, directory: Path, error: OSError | CheckpointError) -> None:
         self._num_failed += 1

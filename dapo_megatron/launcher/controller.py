@@ -61,6 +61,7 @@ class ActorHandle(WeightSource, Protocol):
     """All actor ranks; a call runs on every one of them."""
 
     async def train(self, batch: TrainBatch, rollout_step: int) -> dict[str, float]: ...
+    async def make_room(self) -> dict[str, float]: ...
     async def start_save(self, directory: Path) -> None: ...
     async def save_is_written(self) -> bool: ...
     async def finish_save(self) -> Mapping[str, FileDigest]: ...
@@ -176,57 +177,58 @@ class Controller:
                 self._rollouts.begin()
             if self._config.train.record_batch_of_step == step + 1:
                 record(batch, self._folder.path, step + 1)
+            await self._leave_devices_to_actor()
             if batch.optimizer_steps:  # no group with signal: nothing to learn, go on
-                row |= await self._clock.run("train", self._train(batch, step))
+                row |= await self._clock.run("train", self._actor.train(batch, step))
                 self._alarm.check(row, step + 1)
             del rollout, batch  # else two steps' tokens are in memory while the next ones are generated
             done = step + 1 == last or self._accurate_enough(row)
             evaluates = self._evaluate is not None and _is_due(self._config.eval.interval, step + 1, done)
+            if self._config.checkpoint.every:  # before the sync, which may move what is saved off the devices
+                row |= await self._save(step + 1, done)
             if not samples_ahead or evaluates or done:
                 await self._clock.run("rollout", self._rollouts.settle())
                 row |= await self._clock.run("sync", self._sync(step + 1))
-            self._num_steps_done = step + 1
             if self._evaluate is not None and evaluates:
                 row |= await self._clock.run("eval", self._evaluate())
-            if self._config.checkpoint.every:
-                row |= await self._save(done)
+            self._num_steps_done = step + 1
             self._report(self._finished_row(row))
             if done:
                 break
 
-    async def _train(self, batch: TrainBatch, step: int) -> dict[str, float]:
-        """Servers on the actor's devices leave it their memory; the sync that follows gives it back."""
+    async def _leave_devices_to_actor(self) -> None:
+        """Servers on its devices release their memory, whether it trains or only sends; the sync that follows gives it back."""
         takes_turns = self._config.cluster.placement == "colocated" and not self._config.train.rollout_lag
         if takes_turns and isinstance(self._engines[0], ServedEngines):
-            await self._engines[0].release_memory()
-        return await self._actor.train(batch, step)
+            await self._clock.run("sync", self._engines[0].release_memory())
 
     async def _sync(self, version: int) -> dict[str, float]:
         """Metrics of the sync that brought this version, which is now or, where the engines hold it already, was before."""
         if version != self._version_sent:
-            self._sync_metrics = await sync_weights(self._actor, self._engines, version)
+            moved = await self._actor.make_room() if self._config.actor.offload else {}
+            self._sync_metrics = moved | await sync_weights(self._actor, self._engines, version)
             self._version_sent = version
         return self._sync_metrics
 
-    async def _save(self, done: bool) -> dict[str, float]:
+    async def _save(self, num_steps: int, done: bool) -> dict[str, float]:
         """Look after the save in flight, and begin one when it is time; the last one is waited for."""
-        due = _is_due(self._config.checkpoint.every, self._num_steps_done, done)
+        due = _is_due(self._config.checkpoint.every, num_steps, done)
         settled = await self._clock.run("rollout", self._rollouts.settle()) if due else None
-        return await self._clock.run("save", self._collect_and_start(due, done, settled))
+        return await self._clock.run("save", self._collect_and_start(num_steps, due, done, settled))
 
-    async def _collect_and_start(self, due: bool, done: bool, settled: RolloutBatch | None) -> dict[str, float]:
+    async def _collect_and_start(self, num_steps: int, due: bool, done: bool, settled: RolloutBatch | None) -> dict[str, float]:
         row = await self._saver.collect(wait=due)
         await self._saver.seal()
         if due:
             state = ControllerState(
-                num_steps=self._num_steps_done,
+                num_steps=num_steps,
                 sampler=self._sampler.state(),
                 prompts=self._prompts.state(),
                 recent_accuracy=tuple(self._recent_accuracy),
                 identity=self._identity,
                 rollout=settled,
             )
-            await self._saver.start(self._num_steps_done, _STATE.dump_json(state))
+            await self._saver.start(num_steps, _STATE.dump_json(state))
         return row | await self._saver.collect(wait=True) if done else row
 
     async def _load(self, checkpoint: Path) -> None:

@@ -20,7 +20,7 @@ PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "sgl
 FREE = (
     *("run.dir", "run.max_restarts", "run.prepare", "model.path", "data.path"),
     *("train.num_rollout_steps", "train.stop_at_accuracy", "train.record_batch_of_step"),
-    *("eval", "checkpoint", "metrics", "cluster", "slurm"),
+    *("eval", "checkpoint", "metrics", "cluster", "slurm", "actor.offload"),
 )
 """Settings that do not shape the numbers of training: paths are compared by what they hold."""
 

@@ -45,6 +45,10 @@ class LocalActor:
         while (message := await self._in_thread(next, messages, None)) is not None:
             yield message
 
+    async def make_room(self) -> dict[str, float]:
+        """Leave the device to the engine, see `ActorWorker.make_room`."""
+        return await self._in_thread(self._worker.make_room)
+
     async def start_save(self, directory: Path) -> None:
         """Begin to write a checkpoint in the background."""
         await self._in_thread(self._worker.start_save, directory)

@@ -31,9 +31,17 @@ class LogProbAlarm:
         chosen = {"mean": settings.mean, "max": settings.max}
         self._limits = {kind: automatic[kind] if value == "auto" else value for kind, value in chosen.items()}
         self._stops = settings.action == "stop"
+        self._has_said_that_it_is_blind = all(limit is None for limit in self._limits.values())
 
     def check(self, row: Mapping[str, float], rollout_step: int) -> None:
-        """Warn, or raise LogProbError, when a difference of this step is above its limit or NaN; steps that measured none pass."""
+        """Warn, or raise LogProbError, when a difference of this step is above its limit or NaN; steps that measured none pass, the first of them with a line."""
+        if not self._has_said_that_it_is_blind and "actor/log_prob_diff_mean" not in row:
+            self._has_said_that_it_is_blind = True
+            logger.warning(
+                f"metrics.log_prob_diff_alarm does not see rollout step {rollout_step}, nor later ones like it: every token was drawn by "
+                "older weights than those about to be trained (train.rollout_lag, partial rollouts), and no two numbers of the same weights "
+                "are there to compare; actor/mismatch_mean holds their difference and what training has changed."
+            )
         for kind, limit in self._limits.items():
             value = row.get(f"actor/log_prob_diff_{kind}")
             if value is None or limit is None or value <= limit:

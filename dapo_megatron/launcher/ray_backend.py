@@ -90,6 +90,9 @@ class RankProcess:
     def push_weights(self, version: int, endpoints: Sequence[EngineEndpoint]) -> PushReport | None:
         return self._worker.push_weights(version, endpoints, ray.util.get_node_ip_address())
 
+    def make_room(self) -> dict[str, float]:
+        return self._worker.make_room()
+
     def start_save(self, directory: Path) -> None:
         self._worker.start_save(directory)
 
@@ -203,6 +206,10 @@ class RayActor:
         self.held.are(version)
         report: PushReport = (await self._on_all("push_weights", version, endpoints))[0]
         return report
+
+    async def make_room(self) -> dict[str, float]:
+        """Leave the devices to the engines, see `ActorWorker.make_room`; rank 0's metrics."""
+        return (await self._on_all("make_room"))[0]
 
     async def start_save(self, directory: Path) -> None:
         """Begin to write a checkpoint in the background."""

@@ -82,6 +82,10 @@ _TABLE = (
     Metric("actor/learning_rate", "1/step", "value", "learning rate of this rollout step"),
     Metric("actor/num_optimizer_steps", "steps", "sum", "optimizer steps of this rollout step"),
     Metric("actor/num_loss_tokens", "tokens", "sum", "trained tokens over all optimizer steps"),
+    Metric(
+        "actor/offload_bytes", "bytes", "sum", "parameters and optimizer state of rank 0 in host memory while engines generate"
+    ),
+    Metric("actor/offload_seconds", "seconds", "sum", "rank 0 moved memory between device and host, since the row before"),
     Metric("eval/accuracy", "fraction", "mean", "correct responses to held-out prompts, after this step"),
     Metric("eval/accuracy_standard_error", "fraction", "value", "standard error of eval/accuracy, clustered by problem"),
     Metric("eval/solved_fraction", "fraction", "mean", "held-out problems with at least one correct response: pass@num_samples"),

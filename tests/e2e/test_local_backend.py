@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.runs import rows, train
+from tests.e2e.runs import rows, train, training_rows
 
 pytestmark = pytest.mark.timeout(300)  # starting the run they share counts for whoever comes first
 LOCAL = ("--cluster.backend", "local", "--actor.tensor_parallel_size", "1")
@@ -30,6 +30,14 @@ def test_one_process_trains_as_ranks_and_engines_of_their_own_do(local_run: Path
     # Later steps may draw another token where two layouts round differently; their gradients still have one size.
     assert [row["actor/grad_norm"] for row in here] == pytest.approx([row["actor/grad_norm"] for row in there], rel=0.5)
     assert not (local_run / "logs").exists() or not list((local_run / "logs").iterdir())
+
+
+def test_a_run_whose_memory_is_given_up_while_the_engine_generates_has_the_same_metrics(folder: Path, local_run: Path):
+    done = train(folder, *LOCAL, "--train.num_rollout_steps", "3", "--actor.offload", "true", name="offloaded")
+    assert done.returncode == 0, done.stderr
+    offloaded = training_rows(folder / "offloaded")
+    assert all(row.pop("actor/offload_bytes") > 0 and row.pop("actor/offload_seconds") > 0 for row in offloaded)
+    assert offloaded == training_rows(local_run)[:3]
 
 
 def test_an_evaluation_in_one_process_finds_what_the_run_found(folder: Path, local_run: Path):

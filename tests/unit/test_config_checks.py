@@ -167,6 +167,15 @@ def test_server_arguments_are_those_of_sglang(load, name, words):
             "train.rollout_lag 1 needs rollout.top_p 1",
         ),
         (["--train.rollout_lag=1"], "train.rollout_lag 1 needs cluster.placement split (now colocated)"),
+        (["--actor.offload=true", "--cluster.placement=split"], "actor.offload has no effect with cluster.placement split"),
+        (
+            ["--actor.offload=true", "--train.rollout_lag=1", "--cluster.backend=local"],
+            "actor.offload needs train.rollout_lag 0 (now 1)",
+        ),
+        (
+            ["--rollout.engine.num_threads=2", "--cluster.backend=local"],
+            "rollout.engine.num_threads (2) has no effect where cluster.backend is local",
+        ),
         (["--run.max_restarts=1", "--checkpoint.every=0"], "run.max_restarts (1) needs checkpoints"),
         (["--run.max_restarts=1", "--checkpoint.resume=false"], "run.max_restarts (1) needs checkpoint.resume true"),
         (["--data.path=nowhere.jsonl"], "data.path (nowhere.jsonl) must be an existing file"),

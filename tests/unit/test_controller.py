@@ -91,12 +91,19 @@ class Scorer:
 
 
 def make(
-    tmp_path: Path, *, right: set[str], alarm: dict[str, Any] | None = None, dtype: str = "bf16", **train: Any
+    tmp_path: Path,
+    *,
+    right: set[str],
+    alarm: dict[str, Any] | None = None,
+    dtype: str = "bf16",
+    offload: bool = False,
+    **train: Any,
 ) -> tuple[Controller, FakeActor, FakeEngine, list[dict], RunFolder]:
     config = Config.model_validate(
         {
             "model": {"path": "unused", "dtype": dtype},
             "metrics": {"log_prob_diff_alarm": alarm or {}},
+            "actor": {"offload": offload},
             "data": {"path": "unused"},
             "run": {"dir": str(tmp_path)},
             "train": {"num_prompts_per_step": 2, "num_samples_per_prompt": 2, "num_updates_per_rollout": 1, **train},
@@ -126,7 +133,7 @@ def make(
 async def test_a_step_samples_with_version_k_and_leaves_version_k_plus_1(tmp_path: Path):
     controller, actor, engine, rows, _ = make(tmp_path, right={"0"}, num_rollout_steps=2)
     await controller.run()
-    assert actor.calls == [("send", 0), ("train", 0), ("send", 1), ("train", 1), ("send", 2), ("save", "step_000002.tmp")]
+    assert actor.calls == [("send", 0), ("train", 0), ("send", 1), ("train", 1), ("save", "step_000002.tmp"), ("send", 2)]
     assert engine.received == ["weights 0", "weights 1", "weights 2"]
     assert [(row["rollout_step"], row["weights/version"], row["rollout/num_groups_kept"]) for row in rows] == [
         (1, 1, 2),
@@ -216,6 +223,21 @@ async def test_a_folder_that_cannot_be_written_to_costs_neither_the_run(tmp_path
     assert len(rows) == 3 and caplog.text.count("CHECKPOINT NOT SAVED") == 2
 
 
+async def test_older_checkpoints_that_cannot_be_removed_do_not_unsave_the_newest(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    controller, _, _, rows, folder = make(tmp_path, right={"0"}, num_rollout_steps=4)
+
+    def refuse(self: RunFolder, *_: Any) -> None:
+        raise PermissionError(13, "Permission denied", "step_000002")
+
+    monkeypatch.setattr(RunFolder, "prune", refuse)
+    await controller.run()
+    assert [path.name for path in folder.complete_checkpoints()] == ["step_000002", "step_000004"]
+    assert max(row.get("checkpoint/num_failed_saves", 0) for row in rows) == 0
+    assert "could not be removed" in caplog.text and "Permission denied" in caplog.text and "NOT SAVED" not in caplog.text
+
+
 async def test_the_phase_file_names_the_phase_under_way(tmp_path: Path):
     controller, actor, _, _, folder = make(tmp_path, right={"0"}, num_rollout_steps=1)
     seen = []
@@ -251,6 +273,14 @@ async def test_actor_and_engine_that_disagree_about_log_probs_are_reported(
     assert len(warnings) == alarms
     assert all("in rollout step 1, above metrics.log_prob_diff_alarm" in text and "likely causes" in text for text in warnings)
     assert rows[0]["actor/log_prob_diff_mean"] == mean, "the run goes on"
+
+
+async def test_an_alarm_that_has_nothing_to_compare_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    controller, actor, *_ = make(tmp_path, right={"0"}, num_rollout_steps=3)
+    actor.metrics = {"actor/mismatch_mean": 0.2}
+    await controller.run()
+    said = [record.message for record in caplog.records if "log_prob_diff_alarm does not see rollout step 1," in record.message]
+    assert len(said) == 1 and "actor/mismatch_mean" in said[0]
 
 
 @pytest.mark.parametrize("value", [0.3, float("nan")])
@@ -298,6 +328,47 @@ class FakeServers:
 
     async def release_memory(self) -> None:
         pass
+
+
+class Turns(FakeServers):
+    """Notes, in the list of the actor's calls, whose turn it is."""
+
+    def __init__(self, calls: list[tuple[str, Any]]) -> None:
+        self.calls, self.weight_version = calls, 0
+
+    async def update_weights(self, version: int, push: Any) -> PushReport:
+        self.calls.append(("engines take back weights", version))
+        report = await push(self.endpoints)
+        self.calls.append(("engines take back the cache", version))
+        self.weight_version = version
+        return report
+
+    async def release_memory(self) -> None:
+        self.calls.append(("engines release", self.weight_version))
+
+
+class OffloadingActor(FakeActor):
+    async def make_room(self) -> dict[str, float]:
+        self.calls.append(("make room", None))
+        return {"actor/offload_bytes": 5.0, "actor/offload_seconds": 0.5}
+
+    async def push_weights(self, version: int, endpoints: Any) -> PushReport:
+        self.calls.append(("push", version))
+        return PushReport(version, 10, seconds=1.0, check_seconds=0.1, memcpy_seconds=0.5)
+
+
+@pytest.mark.parametrize("right", [{"0"}, {"0", "1"}], ids=["something to learn", "nothing to learn"])
+async def test_actor_and_engines_on_the_same_devices_take_turns(tmp_path: Path, right: set[str]):
+    controller, _, _, rows, _ = make(tmp_path, right=right, offload=True, num_rollout_steps=1)
+    actor = OffloadingActor()
+    controller._actor = controller._saver._actor = actor
+    controller._engines = [Turns(actor.calls)]
+    await controller.run()
+    sent = [("engines take back weights", 1), ("push", 1), ("engines take back the cache", 1)]
+    trained = [("train", 0)] if right == {"0"} else []
+    first = [("make room", None), *[(call, 0) for call, _ in sent]]
+    assert actor.calls == [*first, ("engines release", 0), *trained, ("save", "step_000001.tmp"), ("make room", None), *sent]
+    assert rows[0]["actor/offload_bytes"] == 5.0
 
 
 class PushingActor:
