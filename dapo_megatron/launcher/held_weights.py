@@ -16,6 +16,7 @@ class HeldWeights:
     def __init__(self, push: Callable[[int, Sequence[EngineEndpoint]], Awaitable[PushReport]]):
         self._push = push
         self._version: int | None = None  # None: none that may be sent
+        self._is_kept_back = False
         self._is_idle = asyncio.Event()
         self._is_idle.set()
 
@@ -27,6 +28,16 @@ class HeldWeights:
         """The ranks hold nothing any more."""
         self._version = None
 
+    def keep_back(self) -> None:
+        """Nothing is sent from here on: the actor takes all of its devices back (`actor.offload`)."""
+        self._is_kept_back = True
+        self._is_idle.clear()
+
+    def let_go(self) -> None:
+        """The actor has made room for the engines. Not to be said while it trains."""
+        self._is_kept_back = False
+        self._is_idle.set()
+
     @contextmanager
     def while_training(self, rollout_step: int) -> Iterator[None]:
         """Around the training of a step, which leaves the version after the step's own, or nothing when it fails."""
@@ -36,11 +47,12 @@ class HeldWeights:
             yield
             self._version = rollout_step + 1
         finally:
-            self._is_idle.set()
+            if not self._is_kept_back or self._version is None:
+                self._is_idle.set()
 
     async def resync(self, endpoint: EngineEndpoint, version: int) -> None:
         """See `WeightKeeper.resync`."""
-        if version != self._version:
+        if version != self._version or self._is_kept_back:
             raise VersionGoneError(f"{endpoint.name} cannot get weight version {version}: the actor does not hold it any more")
         failures = (await self._push(version, [endpoint])).failures
         if failures:

@@ -168,13 +168,15 @@ class Process:
 class RayActor:
     """All actor ranks as one handle; every call runs on all of them."""
 
-    def __init__(self, processes: Sequence[Process], data_parallel_ranks: Sequence[int]):
-        """`data_parallel_ranks[i]` is the one of `processes[i]`."""
+    def __init__(self, processes: Sequence[Process], data_parallel_ranks: Sequence[int], offloads: bool = False):
+        """`data_parallel_ranks[i]` is the one of `processes[i]`; `offloads` is actor.offload."""
+        self._offloads = offloads
         self.processes, self._data_parallel_ranks = tuple(processes), tuple(data_parallel_ranks)
         self.held = HeldWeights(self.push_weights)
 
     async def train(self, batch: TrainBatch, rollout_step: int) -> dict[str, float]:
         """Metrics of the actor."""
+        self._take_devices()
         with self.held.while_training(rollout_step):
             return (await self._on_shares("train", batch, rollout_step))[0]
 
@@ -209,10 +211,13 @@ class RayActor:
 
     async def make_room(self) -> dict[str, float]:
         """Leave the devices to the engines, see `ActorWorker.make_room`; rank 0's metrics."""
-        return (await self._on_all("make_room"))[0]
+        metrics: dict[str, float] = (await self._on_all("make_room"))[0]
+        self.held.let_go()
+        return metrics
 
     async def start_save(self, directory: Path) -> None:
         """Begin to write a checkpoint in the background."""
+        self._take_devices()
         await self._on_all("start_save", directory)
 
     async def save_is_written(self) -> bool:
@@ -225,6 +230,7 @@ class RayActor:
 
     async def load(self, directory: Path, digests: Mapping[str, FileDigest], allow_canary: bool) -> None:
         """Read a checkpoint and prove that it is the one saved."""
+        self._take_devices()
         await self._on_all("load", directory, digests, allow_canary)
 
     async def load_weights(self, directory: Path, digests: Mapping[str, FileDigest]) -> None:
@@ -237,6 +243,11 @@ class RayActor:
             ray.kill(process.handle)
         self.processes = ()
         self.held.are_gone()
+
+    def _take_devices(self) -> None:
+        """What comes next has the ranks take back what they have given up; an engine that returns waits until `make_room`."""
+        if self._offloads:
+            self.held.keep_back()
 
     async def _on_shares(self, method: str, batch: TrainBatch, rollout_step: int) -> list[Any]:
         """Each rank is sent the share of its data-parallel rank, which is put into the object store once."""
@@ -385,7 +396,7 @@ def ray_backend(config: Config, logs: Path, ranks: Ranks = "training", *, num_en
                 engines_up = _start_servers(bundles, actor, servers)
             starting = _bring_up(config, actor, engines_up, Path(folder), logs, frozen=ranks == "frozen")
             data_parallel_ranks, endpoints = asyncio.run(starting)
-        handle = RayActor(actor, data_parallel_ranks)
+        handle = RayActor(actor, data_parallel_ranks, config.actor.offload)
         if engines is not None:
             yield RayBackend(handle, tuple(RayEngine(process) for process in engines))
         else:

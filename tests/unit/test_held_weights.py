@@ -48,6 +48,32 @@ async def test_newest_version_is_the_one_that_training_leaves():
     assert await renewing == 4 and actor.sent[1:] == [(4, ["engine 0"])]
 
 
+async def test_an_engine_that_returns_while_the_actor_has_the_devices_waits_for_room():
+    actor = Pushes()
+    await actor(3, [])
+    actor.held.keep_back()  # also for a save alone
+    with pytest.raises(VersionGoneError):
+        await actor.held.resync(ENGINE, 3)
+    with actor.held.while_training(3):
+        renewing = asyncio.ensure_future(actor.held.renew(ENGINE))
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.01)
+    assert not renewing.done() and len(actor.sent) == 1
+    actor.held.let_go()
+    assert await renewing == 4 and actor.sent[1:] == [(4, ["engine 0"])]
+
+
+async def test_training_that_fails_leaves_nothing_to_wait_for():
+    actor = Pushes()
+    actor.held.keep_back()
+    with pytest.raises(ZeroDivisionError), actor.held.while_training(3):
+        renewing = asyncio.ensure_future(actor.held.renew(ENGINE))
+        await asyncio.sleep(0.01)
+        _ = 1 / 0
+    with pytest.raises(EngineError, match="holds none any more"):
+        await renewing
+
+
 async def test_training_that_begins_while_a_version_is_sent_makes_it_old():
     actor = Pushes()
     sending = asyncio.ensure_future(actor(3, []))
