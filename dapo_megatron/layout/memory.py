@@ -69,6 +69,32 @@ def with_margin(allocated_bytes: float, layout: Layout) -> float:
     return allocated_bytes + _outside(layout) + MARGIN_FRACTION * allocated_bytes + MARGIN_BYTES
 
 
+def engine_room_bytes(shape: ModelShape, layout: Layout, gpu_bytes: float, options: MemoryOptions = DEFAULT_OPTIONS) -> float:
+    """What the fullest GPU has left for weights and KV cache of one engine rank in the rollout phase; negative when too little.
+
+    Weights and optimizer state that the layout swaps out are not there. `layout.engine` must be given.
+    """
+    assert layout.engine is not None
+    engine = engine_memory(shape, layout.engine, options)
+    own = engine.workspace_bytes + engine.asleep_bytes
+    if not layout.engine.colocated:
+        return gpu_bytes - own - NCCL_BYTES_PER_GROUP - MARGIN_BYTES
+    resident = max(
+        sum(num_bytes for _, num_bytes in _resident(layout, states)) for states in stage_states(shape, layout, options)
+    )
+    fragmented = resident + own - CUDA_CONTEXT_BYTES
+    return gpu_bytes - with_margin(fragmented, layout) - CUDA_CONTEXT_BYTES
+
+
+def _resident(layout: Layout, states: StageStates) -> list[tuple[str, float]]:
+    """What of a rank's states is on the device while engines generate."""
+    return [
+        ("weights", 0.0 if layout.swap_parameters else states.weight_bytes),
+        ("gradients", 0.0 if layout.swap_parameters else states.grad_bytes),
+        ("optimizer state", 0.0 if layout.swap_optimizer else states.optimizer_bytes),
+    ]
+
+
 def _phases(
     shape: ModelShape,
     layout: Layout,
@@ -85,10 +111,7 @@ def _phases(
         _phase("log_probs", [*_log_probs(shape, layout, options, stage, states, layers), *asleep], layout),
     ]
     if engine is not None and layout.engine is not None:
-        weights = 0.0 if layout.swap_parameters else states.weight_bytes
-        grads = 0.0 if layout.swap_parameters else states.grad_bytes
-        optimizer = 0.0 if layout.swap_optimizer else states.optimizer_bytes
-        resident = [("weights", weights), ("gradients", grads), ("optimizer state", optimizer)]
+        resident = _resident(layout, states)
         pool = engine.kv_pool_bytes(layout.engine.mem_fraction_static, gpu_bytes)
         graphs = engine.asleep_bytes - CUDA_CONTEXT_BYTES
         phases += [
@@ -195,6 +218,7 @@ def _engine_phase(engine: EngineMemory, pool: float) -> PhaseMemory:
         ("KV cache", pool),
         ("engine workspace", engine.workspace_bytes + engine.asleep_bytes - CUDA_CONTEXT_BYTES),
         (OUTSIDE, CUDA_CONTEXT_BYTES + NCCL_BYTES_PER_GROUP),
+        (MARGIN, MARGIN_BYTES),
     ]
     return PhaseMemory("rollout", tuple(MemoryItem(name, round(num_bytes)) for name, num_bytes in items))
 

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 
 from dapo_megatron.layout.engine_memory import engine_memory, kv_elements_per_token
+from dapo_megatron.layout.fit import reason_not_fitting
 from dapo_megatron.layout.in_flight import passes_in_flight
 from dapo_megatron.layout.layout import FULL_RECOMPUTE, EngineLayout, Layout, Recompute
-from dapo_megatron.layout.memory import plan_memory, train_allocated_bytes
+from dapo_megatron.layout.memory import engine_room_bytes, plan_memory, train_allocated_bytes
 from dapo_megatron.layout.memory_records import MemoryOptions, Precision
 from dapo_megatron.layout.model_shape import ModelShape
 from dapo_megatron.layout.parameters import num_active_params, num_params
@@ -165,3 +166,37 @@ def test_checkpoint_is_fourteen_bytes_a_parameter():
     checkpoint = plan_memory(QWEN_32B, EIGHT_WAY, H100).checkpoint
     assert checkpoint.total_bytes == 14 * num_params(QWEN_32B)
     assert checkpoint.save_seconds == pytest.approx(14 * num_params(QWEN_32B) / (2e9 * 16))
+
+
+@pytest.mark.parametrize("colocated", [True, False])
+def test_engine_of_the_size_of_the_room_just_fits(colocated):
+    layout = replace(EIGHT_WAY, swap_optimizer=True, engine=EngineLayout(tensor_parallel_size=4, colocated=colocated))
+    fraction = engine_room_bytes(QWEN_32B, layout, H100) / H100
+    assert layout.engine is not None and 0 < fraction < 1
+
+    def rollout_bytes(fraction: float) -> int:
+        plan = plan_memory(QWEN_32B, replace(layout, engine=replace(layout.engine, mem_fraction_static=fraction)), H100)
+        return (plan.engine or plan.stages[0].phases[2]).total_bytes
+
+    assert rollout_bytes(fraction) == pytest.approx(H100, abs=10) and rollout_bytes(fraction + 0.01) > H100
+
+
+def test_reason_names_stage_items_and_a_remedy():
+    layout = replace(EIGHT_WAY, max_tokens_per_micro_batch=131072)
+    reason = reason_not_fitting(plan_memory(QWEN_32B, layout, H100), layout, H100)
+    assert reason is not None
+    assert "in training (activations: MLP" in reason and "recompute more, or use fewer than 131072 tokens" in reason
+    small = replace(EIGHT_WAY, max_tokens_per_micro_batch=4096)
+    assert reason_not_fitting(plan_memory(QWEN_32B, small, H100), small, H100) is None
+
+
+@pytest.mark.parametrize(
+    "layout, words",
+    [
+        (Layout(use_distributed_optimizer=False), "share out the optimizer state"),
+        (Layout(data_parallel_size=64), "over more ranks than TP1 x PP1"),
+        (replace(EIGHT_WAY, engine=EngineLayout(mem_fraction_static=0.95)), "swap weights and optimizer state out"),
+    ],
+)
+def test_remedy_fits_what_is_largest(layout, words):
+    assert words in str(reason_not_fitting(plan_memory(QWEN_32B, layout, H100), layout, H100))
