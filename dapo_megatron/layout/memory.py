@@ -64,9 +64,14 @@ def train_allocated_bytes(shape: ModelShape, layout: Layout, options: MemoryOpti
     )
 
 
+def reserved_bytes(allocated_bytes: float) -> float:
+    """What torch's allocator holds of the device when it has handed out so much (`max_memory_reserved`): an estimate."""
+    return allocated_bytes * (1 + MARGIN_FRACTION) + MARGIN_BYTES
+
+
 def with_margin(allocated_bytes: float, layout: Layout) -> float:
     """What a device needs for a phase whose allocations are these: context, NCCL and the allocator's margin come on top."""
-    return allocated_bytes + _outside(layout) + MARGIN_FRACTION * allocated_bytes + MARGIN_BYTES
+    return reserved_bytes(allocated_bytes) + _outside(layout)
 
 
 def engine_room_bytes(shape: ModelShape, layout: Layout, gpu_bytes: float, options: MemoryOptions = DEFAULT_OPTIONS) -> float:

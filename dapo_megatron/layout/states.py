@@ -105,7 +105,8 @@ def _stage_states(
             )
             for chunk, (dense, moe) in enumerate(zip(counts.dense, counts.moe, strict=True))
         ]
-        stages.append(_states(chunks, layout, num_shards, num_expert_shards, distributed, offload_fraction, options))
+        distinct = _distinct_layer_elements(shape, counts, layout, options)
+        stages.append(_states(chunks, distinct, layout, num_shards, num_expert_shards, distributed, offload_fraction, options))
     return tuple(stages)
 
 
@@ -136,8 +137,18 @@ def _of_rank(weights: _Counted, layout: Layout) -> RankParameters:
     return sum((rank_parameters((weight,), layout) * count for weight, count in weights), RankParameters())
 
 
+def _distinct_layer_elements(shape: ModelShape, layers: StageLayers, layout: Layout, options: MemoryOptions) -> int:
+    """Of one matrix of every size that the layers have."""
+    kinds = [has_experts for has_experts, counts in ((False, layers.dense), (True, layers.moe)) if sum(counts)]
+    weights = {
+        weight for has_experts in kinds for weight in layer_weights(shape, has_experts, options.kernels) if weight.columns > 1
+    }
+    return sum({(weight.rows, weight.columns, weight.split): local_elements(weight, layout) for weight in weights}.values())
+
+
 def _states(
     chunks: list[_Counted],
+    distinct: int,
     layout: Layout,
     num_shards: int,
     num_expert_shards: int,
@@ -148,7 +159,6 @@ def _states(
     precision = options.precision
     ranks = [_of_rank(weights, layout) for weights in chunks]
     dense, expert = sum(rank.dense for rank in ranks), sum(rank.expert for rank in ranks)
-    weights = {weight for chunk in chunks for weight, _ in chunk}
     held: float = dense + expert
     if distributed:
         held = sum(
@@ -163,9 +173,6 @@ def _states(
         # The layer at work and the next one are whole, with the gradient of the first.
         # `chunk` names each matrix once, whatever its number of layers.
         held, whole = shard, max(sum(rank_parameters((weight,), layout).total for weight, _ in chunk) for chunk in chunks)
-    distinct = {
-        (weight.rows, weight.columns, weight.split): local_elements(weight, layout) for weight in weights if weight.columns > 1
-    }
     return StageStates(
         num_params=dense + expert,
         weight_bytes=precision.weight_bytes * (held + 2 * whole),
@@ -173,5 +180,5 @@ def _states(
         optimizer_bytes=optimizer * (1 - offload_fraction),
         host_optimizer_bytes=optimizer * offload_fraction,
         optimizer_shard_bytes=optimizer,
-        dummy_grad_bytes=precision.weight_bytes * sum(distinct.values()) if options.fused_grad_accumulation else 0.0,
+        dummy_grad_bytes=precision.weight_bytes * distinct if options.fused_grad_accumulation else 0.0,
     )

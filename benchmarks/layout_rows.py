@@ -1,0 +1,303 @@
+"""Rows of published layouts -> inputs of the planner, or the reason why a row says too little.
+
+A row is a line of a CSV file with the columns of `data/published_layouts.csv`. What a row leaves out comes from three places only: the
+table of public models, the conventions of the framework that measured it (`_CONVENTIONS`), and for Megatron-LM's functional tests
+their recipes. No number is chosen row by row.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from benchmarks.public_models import DATA, find_model, shape_of
+from dapo_megatron.layout.layout import Layout, Recompute, RecomputedPart
+from dapo_megatron.layout.memory_records import HeadLoss, MemoryOptions, Precision
+from dapo_megatron.layout.model_shape import ModelShape
+
+FACTS = DATA / "published_layouts.csv"
+GIB, GB = 2**30, 1e9
+Counter = Literal["allocated", "reserved", "device"]
+"""What a published peak counts: torch's max_memory_allocated, its max_memory_reserved, or all that the device shows as used."""
+
+
+class Refusal(Exception):
+    """A row that cannot be planned for; the text says what it lacks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """A published peak, in bytes."""
+
+    num_bytes: float
+    counter: Counter
+    ends_only: bool
+    """Of the first or the last pipeline stage; False: of the fullest."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowInputs:
+    """What a row says, in the planner's words."""
+
+    row_id: str
+    model: str
+    framework: str
+    shape: ModelShape
+    layout: Layout
+    options: MemoryOptions
+    gpu: str
+    sequence_tokens: int
+    peak: Peak | None
+    """None: no peak was published."""
+    ran_out_of_memory: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Convention:
+    """How a framework runs what its rows do not say."""
+
+    head_loss: HeadLoss = "unfused"
+    vocab_multiple: int = 128
+    fused_grad_accumulation: bool = True
+    grad_bytes: int = 4
+
+
+_CONVENTIONS: Mapping[str, _Convention] = {
+    # SimuMax docs: TransformerEngine's fused cross-entropy, vocabulary as in the model's config.
+    "SimuMax": _Convention(head_loss="fused", vocab_multiple=1),
+    "Megatron-LM": _Convention(),
+    "mbridge": _Convention(),
+    # Megatron Bridge and NeMo recipes: cross_entropy_loss_fusion with TransformerEngine's implementation.
+    "Megatron-Bridge": _Convention(head_loss="fused"),
+    "NeMo": _Convention(head_loss="fused"),
+}
+
+
+def read_rows(file: Path) -> list[dict[str, str]]:
+    """The lines of a CSV file of layouts, as they are."""
+    with file.open(encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def inputs_of(row: Mapping[str, str]) -> RowInputs:
+    """A row in the planner's words. Refusal when it says too little, or is of something that is not modelled."""
+    framework = _framework(row["source"])
+    convention = _CONVENTIONS.get(framework, _Convention())
+    recipe = _recipe(row["model"]) if row["model"].startswith("mlm:") else {}
+    _refuse_what_is_not_modelled(row, recipe)
+    shape = _shape(row, framework, recipe)
+    layout = _layout(row, shape, recipe)
+    options = MemoryOptions(
+        head_loss=_head_loss(row, recipe.get("head_loss", convention.head_loss)),
+        precision=Precision(grad_bytes=2 if re.search(r"bf16 grad|grads? in bf16", row["note"]) else convention.grad_bytes),
+        fused_grad_accumulation=recipe.get("fused_grad_accumulation", convention.fused_grad_accumulation),
+        vocab_multiple=convention.vocab_multiple,
+        dropout=recipe.get("dropout", False),
+        flash_attention=recipe.get("flash_attention", True),
+        sequence_tokens=_number(row, "seq"),
+        fully_sharded=_is_set(row["fsdp"]),
+        layers=_layers(shape.num_layers, layout),
+    )
+    return RowInputs(
+        row["id"],
+        row["model"],
+        framework,
+        shape,
+        layout,
+        options,
+        row["gpu"],
+        _number(row, "seq"),
+        _peak(row),
+        ran_out_of_memory="oom" in row["status"].lower() or "out of memory" in row["status"].lower(),
+    )
+
+
+def _framework(source: str) -> str:
+    names = {
+        "simumax": "SimuMax",
+        "mbridge": "mbridge",
+        "bridge": "Megatron-Bridge",
+        "nemo": "NeMo",
+        "megatron-lm": "Megatron-LM",
+    }
+    return next((name for word, name in names.items() if word in source.lower()), "other")
+
+
+@cache
+def _recipes() -> list[dict[str, Any]]:
+    return yaml.safe_load((DATA / "megatron_lm_recipes.yaml").read_text(encoding="utf-8"))
+
+
+def _recipe(model: str) -> dict[str, Any]:
+    name = model.removeprefix("mlm:")
+    for recipe in _recipes():
+        if any(re.fullmatch(pattern, name) for pattern in recipe["names"]):
+            return recipe
+    raise Refusal(f"the recipe {name} is not in data/megatron_lm_recipes.yaml: vocabulary and MLP are not in the row")
+
+
+def _refuse_what_is_not_modelled(row: Mapping[str, str], recipe: Mapping[str, Any]) -> None:
+    if "refused" in recipe:
+        raise Refusal(recipe["refused"])
+    if row["phase"] not in ("pretrain", "sft", ""):
+        raise Refusal(f"phase {row['phase']}: what else is on the device (inference buffers, adapters) is not published")
+    if row["precision"].lower() not in ("bf16", ""):
+        raise Refusal(f"precision {row['precision']}: low-precision copies of weights and activations are not modelled")
+    if re.search(r"cuda ?graph", row["note"], re.IGNORECASE) and not re.search(r"no cuda ?graph", row["note"], re.IGNORECASE):
+        raise Refusal("the memory pools of CUDA graphs are not modelled")
+    if "does not divide the GPU count" in row["note"]:
+        raise Refusal("the layout does not divide the published number of GPUs")
+    if row["model"].startswith("mlm:") and row["gpu"].startswith("GB"):
+        raise Refusal("Megatron-LM's recipes do not say how many nodes of 4 GPUs they ran on")
+
+
+def _shape(row: Mapping[str, str], framework: str, recipe: Mapping[str, Any]) -> ModelShape:
+    num_layers = int(row["num_layers"]) if row["num_layers"] else None
+    if "model" in recipe:
+        return shape_of(_with_note(recipe["model"], row["note"]), num_layers)
+    name = re.sub(r"[\[(].*", "", row["model"])
+    entry = find_model(name, framework)
+    if entry is None:
+        raise Refusal(f"model {name} is not in data/public_models.yaml")
+    vocab = re.search(r"vocab(?:ulary)?[ =](\d+)", row["note"])
+    mtp = 1 if re.search(r"\bMTP\b(?! *(=|off|0))", row["note"]) else 0
+    return shape_of({**entry, **({"vocab_size": int(vocab[1])} if vocab else {}), "mtp_num_layers": mtp}, num_layers)
+
+
+_NOTE_NAMES = {
+    "h": "hidden_size",
+    "ffn": "ffn_hidden_size",
+    "heads": "num_attention_heads",
+    "kv": "num_query_groups",
+    "E": "num_experts",
+    "topk": "moe_router_topk",
+    "moe_ffn": "moe_ffn_hidden_size",
+}
+
+
+def _with_note(entry: Mapping[str, Any], note: str) -> dict[str, Any]:
+    """The sizes `h=6144 heads=48 ...` of a note win over a table's."""
+    given = dict(re.findall(r"(\w+)=(\w+)", note))
+    return {**entry, **{_NOTE_NAMES[key]: int(value) for key, value in given.items() if key in _NOTE_NAMES and value != "None"}}
+
+
+def _layout(row: Mapping[str, str], shape: ModelShape, recipe: Mapping[str, Any]) -> Layout:
+    tp, pp, cp = (int(row[name] or 1) for name in ("tp", "pp", "cp"))
+    ep = int(row["ep"] or 1)
+    etp = int(row["etp"]) if row["etp"] else (tp if ep == 1 else None)
+    if shape.experts is not None and etp is None:
+        etp = tp  # megatron-core's default
+    num_chunks = int(row["vpp"]) if row["vpp"] else recipe.get("virtual_pipeline_size", 1)
+    num_gpus, mbs = _number(row, "gpus"), _number(row, "mbs")
+    model_ranks = tp * pp * cp
+    if num_gpus % model_ranks or (shape.experts is not None and num_gpus % (pp * ep * (etp or 1))):
+        raise Refusal(f"the layout does not divide {num_gpus} GPUs")
+    dp = num_gpus // model_ranks
+    return Layout(
+        tensor_parallel_size=tp,
+        pipeline_parallel_size=pp,
+        virtual_pipeline_size=num_chunks if num_chunks > 1 else None,
+        context_parallel_size=cp,
+        expert_parallel_size=ep if shape.experts is not None else 1,
+        expert_tensor_parallel_size=etp or 1 if shape.experts is not None else 1,
+        data_parallel_size=dp,
+        sequence_parallel=tp > 1 and "sp=False" not in row["note"],
+        use_distributed_optimizer="dist_opt=False" not in row["note"],
+        max_tokens_per_micro_batch=_number(row, "seq") * mbs,
+        num_micro_batches=_num_micro_batches(row, dp, mbs, pp),
+        recompute=_recompute(row["recompute"]),
+        optimizer_offload_fraction=_offload(row["offload"]),
+    )
+
+
+def _num_micro_batches(row: Mapping[str, str], dp: int, mbs: int, pp: int) -> int:
+    stated = re.search(r"micro-batches (\d+)", row["note"])
+    if stated:
+        return int(stated[1])
+    if row["gbs"]:
+        return max(1, int(row["gbs"]) // (dp * mbs))
+    if pp > 1:
+        raise Refusal("neither gbs nor the number of micro-batches is published, and a pipeline holds as many as it has")
+    return 1
+
+
+def _layers(num_layers: int, layout: Layout) -> tuple[tuple[range, ...], ...] | None:
+    """None where the pipeline's chunks are equal; else layers spread as evenly as can be, the last chunks with one less."""
+    stages, chunks = layout.pipeline_parallel_size, layout.num_chunks
+    if num_layers % (stages * chunks) == 0:
+        return None
+    base, more = divmod(num_layers, stages * chunks)
+    sizes = [base + (index < more) for index in range(stages * chunks)]
+    starts = [sum(sizes[:index]) for index in range(stages * chunks)]
+    ranges = [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    return tuple(tuple(ranges[chunk * stages + stage] for chunk in range(chunks)) for stage in range(stages))
+
+
+_MODULES: tuple[RecomputedPart, ...] = ("core_attn", "layernorm", "moe_act", "mla_up_proj", "shared_experts", "mlp", "moe")
+
+
+def _recompute(text: str) -> Recompute:
+    text = text.strip().lower()
+    if text in ("", "none", "no"):
+        return Recompute()
+    if text.startswith(("full", "block", "uniform")):
+        number = re.search(r"\d+", text)
+        method: Literal["uniform", "block"] = "block" if "block" in text else "uniform"
+        return Recompute("full", method=method, num_layers=int(number[0]) if number else 1)
+    modules = frozenset(module for module in _MODULES if re.search(rf"\b{module}\b", text))
+    if modules or text == "selective":
+        return Recompute("selective", modules or frozenset({"core_attn"}))
+    raise Refusal(f"recompute {text!r} is not one of none, full, block, or a list of megatron-core's modules")
+
+
+def _offload(text: str) -> float:
+    text = text.strip().lower()
+    if text in ("", "none", "no", "0"):
+        return 0.0
+    share = re.search(r"(\d+(?:\.\d+)?) ?%", text)
+    if "optim" in text:
+        return float(share[1]) / 100 if share else 1.0
+    raise Refusal(f"offload {text!r}: only that of the optimizer is modelled")
+
+
+def _head_loss(row: Mapping[str, str], usual: HeadLoss) -> HeadLoss:
+    note = row["note"].lower()
+    if "unfused ce" in note or "no ce fusion" in note:
+        return "unfused"
+    return "fused" if "fused ce" in note or "ce fusion" in note else usual
+
+
+def _peak(row: Mapping[str, str]) -> Peak | None:
+    """`GB` with nothing else is what frameworks log, bytes over 1024^3; `1e9` says otherwise."""
+    if not row["peak_mem_GB"]:
+        return None
+    unit = row["mem_unit"].lower()
+    counter: Counter = "reserved" if "reserved" in unit else "device" if "smi" in unit or "device" in unit else "allocated"
+    return Peak(float(row["peak_mem_GB"]) * (GB if "1e9" in unit else GIB), counter, ends_only="rank0" in unit or "last" in unit)
+
+
+def _number(row: Mapping[str, str], name: str) -> int:
+    if not row[name]:
+        names = {"gpus": "the number of GPUs", "mbs": "the micro-batch size", "seq": "the sequence length"}
+        raise Refusal(f"{names[name]} is not published")
+    return int(row[name])
+
+
+def _is_set(text: str) -> bool:
+    return text.strip().lower() not in ("", "0", "no", "none", "false")
+
+
+def without_duplicates(inputs: list[RowInputs]) -> list[RowInputs]:
+    """Rows that differ in time alone, as runs with more micro-batches, once."""
+    seen: dict[tuple[Any, ...], RowInputs] = {}
+    for one in inputs:
+        key = (one.model, one.gpu, one.peak, replace(one.layout, num_micro_batches=1))
+        seen.setdefault(key, one)
+    return list(seen.values())

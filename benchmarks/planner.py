@@ -1,0 +1,130 @@
+r"""How near the layout planner comes to published measurements.
+
+    python -m benchmarks.planner                       the facts stored in benchmarks/data
+    python -m benchmarks.planner path/to/layouts.csv   any file with the same columns
+
+Memory: peak of torch's allocator on the fullest pipeline stage against the published one. The formulas were written while looking at the
+rows marked `fit`; every other row is a prediction. Rows that say too little are listed with what they lack.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
+
+from benchmarks.layout_rows import FACTS, GIB, Refusal, RowInputs, inputs_of, read_rows, without_duplicates
+from dapo_megatron.layout.hardware import known_gpus
+from dapo_megatron.layout.memory import reserved_bytes, train_allocated_bytes, with_margin
+
+_FIT = {"SimuMax": "B200", "mbridge": ""}
+"""Framework -> the device whose rows the formulas were written with."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryScore:
+    """One row: predicted and published peak, in bytes."""
+
+    inputs: RowInputs
+    predicted_bytes: float
+    published_bytes: float
+
+    @property
+    def error(self) -> float:
+        """Relative, positive when the prediction is too high."""
+        return self.predicted_bytes / self.published_bytes - 1
+
+    @property
+    def is_fit(self) -> bool:
+        """The row was looked at while the formulas were written."""
+        device = _FIT.get(self.inputs.framework)
+        return device is not None and device in self.inputs.gpu
+
+
+def predicted_peak(inputs: RowInputs) -> float:
+    """Bytes, of what the row's peak counts and on the stages that it is of."""
+    stages = train_allocated_bytes(inputs.shape, inputs.layout, inputs.options)
+    if inputs.peak is not None and inputs.peak.ends_only:
+        stages = (stages[0], stages[-1])
+    allocated = max(stages)
+    counter = "allocated" if inputs.peak is None else inputs.peak.counter
+    if counter == "allocated":
+        return allocated
+    return reserved_bytes(allocated) if counter == "reserved" else with_margin(allocated, inputs.layout)
+
+
+def score_memory(rows: list[dict[str, str]]) -> tuple[list[MemoryScore], list[tuple[str, str, str]]]:
+    """Scores of the rows with a published peak, and (id, model, reason) of those that cannot be mapped."""
+    mapped, refused = [], []
+    for row in rows:
+        if not row["peak_mem_GB"]:
+            continue
+        try:
+            mapped.append(inputs_of(row))
+        except Refusal as reason:
+            refused.append((row["id"], row["model"], str(reason)))
+    scores = [
+        MemoryScore(one, predicted_peak(one), one.peak.num_bytes) for one in without_duplicates(mapped) if one.peak is not None
+    ]
+    return scores, refused
+
+
+def wrongly_fitting(rows: list[dict[str, str]]) -> tuple[list[str], int]:
+    """Ids of layouts that ran out of memory and that the planner calls fitting, and how many such layouts could be mapped."""
+    wrong, total = [], 0
+    for row in rows:
+        try:
+            inputs = inputs_of(row)
+        except Refusal:
+            continue
+        gpu = known_gpus().get(inputs.gpu.lower().split("(")[0].strip())
+        if not inputs.ran_out_of_memory or gpu is None:
+            continue
+        total += 1
+        if (
+            with_margin(max(train_allocated_bytes(inputs.shape, inputs.layout, inputs.options)), inputs.layout)
+            <= gpu.memory_bytes
+        ):
+            wrong.append(inputs.row_id)
+    return wrong, total
+
+
+def print_memory(rows: list[dict[str, str]]) -> None:
+    """The table of `score_memory` with its means, and the refusals."""
+    scores, refused = score_memory(rows)
+    print(f"{'row':>5}  {'model':34} {'layout':28} {'GPU':12} {'published':>10} {'predicted':>10} {'error':>8}")
+    for score in scores:
+        one = score.inputs
+        print(
+            f"{one.row_id:>5}  {one.model[:34]:34} {str(one.layout)[:28]:28} {one.gpu[:12]:12} "
+            f"{score.published_bytes / GIB:6.2f} GiB {score.predicted_bytes / GIB:6.2f} GiB {score.error:+8.2%}"
+            f"  {'fit' if score.is_fit else 'prediction'}"
+        )
+    for name, chosen in (
+        ("all", scores),
+        ("fit", [s for s in scores if s.is_fit]),
+        ("prediction", [s for s in scores if not s.is_fit]),
+    ):
+        errors = [abs(score.error) for score in chosen]
+        if errors:
+            print(
+                f"{name}: {len(errors)} rows, mean |error| {mean(errors):.2%}, median {median(errors):.2%}, worst {max(errors):.2%}"
+            )
+    wrong, total = wrongly_fitting(rows)
+    print(f"layouts that ran out of memory: {total}, called fitting: {len(wrong)} {wrong or ''}")
+    print(f"\nnot mapped: {len(refused)} rows")
+    for reason, count in Counter(reason for _, _, reason in refused).most_common():
+        ids = [row_id for row_id, _, other in refused if other == reason]
+        print(f"  {count:3}  {reason} ({', '.join(ids[:8])}{', ...' if len(ids) > 8 else ''})")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("layouts", type=Path, nargs="?", default=FACTS, help="CSV file of published layouts")
+    print_memory(read_rows(parser.parse_args().layouts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Predicted against published memory (`python -m benchmarks.planner`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+from benchmarks.layout_rows import FACTS, Refusal, inputs_of, read_rows
+from benchmarks.planner import score_memory, wrongly_fitting
+
+SHARED = Path(__file__).parents[3] / "shared" / "data" / "layouts.csv"
+ROWS = {row["id"]: row for row in read_rows(FACTS)}
+
+
+def test_peaks_of_the_stored_facts():
+    scores, refused = score_memory(read_rows(FACTS))
+    errors = [abs(score.error) for score in scores]
+    assert len(scores) == len(ROWS) and not refused
+    assert mean(errors) <= 0.01 and max(errors) <= 0.04
+
+
+def test_peaks_of_all_published_rows():
+    if not SHARED.is_file():
+        pytest.skip(f"{SHARED} is not here; the stored facts are tested")
+    rows = read_rows(SHARED)
+    scores, refused = score_memory(rows)
+    errors = [abs(score.error) for score in scores]
+    assert len(scores) >= 29 and mean(errors) <= 0.01 and max(errors) <= 0.04
+    predictions = [abs(score.error) for score in scores if not score.is_fit]
+    assert len(predictions) >= 6 and mean(predictions) <= 0.025
+    assert all(reason for _, _, reason in refused)
+    assert wrongly_fitting(rows)[0] == []
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"gpus": ""}, "the number of GPUs is not published"),
+        ({"mbs": ""}, "the micro-batch size is not published"),
+        ({"model": "unheard-of-7B"}, "model unheard-of-7B is not in data/public_models.yaml"),
+        ({"gpus": "7"}, "the layout does not divide 7 GPUs"),
+        ({"phase": "rl"}, "phase rl"),
+        ({"offload": "activations"}, "only that of the optimizer"),
+        ({"recompute": "everything"}, "is not one of none, full, block"),
+        ({"note": "", "gbs": ""}, "a pipeline holds as many as it has"),
+    ],
+)
+def test_row_that_says_too_little_is_refused_with_what_it_lacks(changes, words):
+    with pytest.raises(Refusal, match=words):
+        inputs_of(ROWS["281"] | changes)
+
+
+@pytest.mark.parametrize("unit, factor", [("GiB alloc", 1.0), ("GB", 1.0), ("GB(1e9)", 1e9 / 2**30)])
+def test_unit_of_a_peak(unit, factor):
+    peak = inputs_of(ROWS["281"] | {"mem_unit": unit}).peak
+    assert peak is not None and peak.num_bytes == pytest.approx(66.55 * 2**30 * factor) and peak.counter == "allocated"
+
+
+@pytest.mark.parametrize("unit, counter", [("GiB reserved", "reserved"), ("GiB nvidia-smi", "device")])
+def test_what_a_peak_counts(unit, counter):
+    peak = inputs_of(ROWS["281"] | {"mem_unit": unit}).peak
+    assert peak is not None and peak.counter == counter
+
+
+def test_settings_of_a_row_reach_the_planner():
+    changes = {
+        "recompute": "selective:[mlp moe_act]",
+        "offload": "optimizer 50%",
+        "precision": "bf16",
+        "note": "micro-batches 4; MTP; bf16 grads",
+        "cp": "2",
+    }
+    inputs = inputs_of(ROWS["287"] | changes | {"model": "DeepSeek-V3", "num_layers": "61", "ep": "4", "pp": "2", "vpp": "2"})
+    assert inputs.layout.recompute.modules == {"mlp", "moe_act"}
+    assert inputs.layout.optimizer_offload_fraction == 0.5 and inputs.layout.context_parallel_size == 2
+    assert inputs.options.precision.grad_bytes == 2 and inputs.shape.num_mtp_layers == 1
+    assert inputs.options.layers == ((range(16), range(31, 46)), (range(16, 31), range(46, 61)))
+
+
+@pytest.mark.parametrize(
+    "name, billions",
+    [
+        ("LLAMA3.1 8B", 8.03),
+        ("llama3-70B", 70.55),
+        ("Llama 3.1-405B", 405.85),
+        ("Qwen3_30B_A3B", 30.53),
+        ("Qwen3-235B-A22B", 235.09),
+        ("Mixtral 8x7B", 46.70),
+        ("DeepSeek-V3", 671.03),
+        ("DeepSeek-V2", 235.74),
+        ("Kimi-K2", 1026.41),
+        ("GPT3 175B", 175.15),
+    ],
+)
+def test_public_models_have_their_published_size(name, billions):
+    from benchmarks.public_models import find_model, shape_of
+    from dapo_megatron.layout.parameters import num_params
+
+    entry = find_model(name, "other")
+    assert entry is not None
+    assert num_params(shape_of(entry)) / 1e9 == pytest.approx(billions, rel=2e-3)
