@@ -6,7 +6,7 @@ Shape letters: T tokens of a micro-batch on one context-parallel rank, h hidden 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
@@ -54,13 +54,26 @@ class Seconds:
         return self.matmul + self.attention + self.memory + self.tensor_parallel + self.context_parallel + self.expert_parallel
 
     def __add__(self, other: Seconds) -> Seconds:
-        return Seconds(*(getattr(self, name) + getattr(other, name) for name in _FIELDS))
+        return Seconds(
+            self.matmul + other.matmul,
+            self.attention + other.attention,
+            self.memory + other.memory,
+            self.tensor_parallel + other.tensor_parallel,
+            self.context_parallel + other.context_parallel,
+            self.expert_parallel + other.expert_parallel,
+        )
 
     def __mul__(self, factor: float) -> Seconds:
-        return Seconds(*(getattr(self, name) * factor for name in _FIELDS))
+        return Seconds(
+            self.matmul * factor,
+            self.attention * factor,
+            self.memory * factor,
+            self.tensor_parallel * factor,
+            self.context_parallel * factor,
+            self.expert_parallel * factor,
+        )
 
 
-_FIELDS = tuple(field.name for field in fields(Seconds))
 NO_TIME = Seconds()
 
 
@@ -70,6 +83,9 @@ class Machine:
 
     gpu: Gpu
     options: TimeOptions = TimeOptions()
+
+    def __hash__(self) -> int:
+        return hash((self.gpu.name, self.options))  # for the caches: a model's own hash goes through all of its fields
 
     def matmul(self, rows: float, columns: float, depth: float, count: float = 1) -> float:
         """`count` products [rows, depth] x [depth, columns]: arithmetic, plus the bytes of all three, plus launches."""

@@ -7,6 +7,8 @@ margin for what it holds without having handed out. Nothing here is fitted to a 
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from dapo_megatron.layout.activations import LayerActivations, layer_activations
 from dapo_megatron.layout.engine_memory import CUDA_CONTEXT_BYTES, GIB, EngineMemory, engine_memory
 from dapo_megatron.layout.in_flight import passes_in_flight
@@ -38,14 +40,23 @@ _NOT_FRAGMENTED = frozenset({"engine asleep", "engine weights", "KV cache", "eng
 """What another process holds, in one piece: no share of the margin is for it."""
 
 
-def plan_memory(shape: ModelShape, layout: Layout, gpu_bytes: float, options: MemoryOptions = DEFAULT_OPTIONS) -> MemoryPlan:
-    """Of a layout on GPUs of `gpu_bytes`; a rule of validity that it breaks is not noticed here (`config/checks.py`)."""
+def plan_memory(
+    shape: ModelShape,
+    layout: Layout,
+    gpu_bytes: float,
+    options: MemoryOptions = DEFAULT_OPTIONS,
+    stages_asked: Collection[int] | None = None,
+) -> MemoryPlan:
+    """Of a layout on GPUs of `gpu_bytes`; a rule of validity that it breaks is not noticed here (`config/checks.py`).
+
+    `stages_asked` limits the account to some stages; None: all.
+    """
     states, layers = stage_states(shape, layout, options), stage_layers(shape, layout, options)
     engine = None if layout.engine is None else engine_memory(shape, layout.engine, options)
     colocated = engine if layout.engine is not None and layout.engine.colocated else None
     stages = tuple(
         StageMemory(stage, _phases(shape, layout, options, gpu_bytes, stage, states[stage], layers[stage], colocated))
-        for stage in range(layout.pipeline_parallel_size)
+        for stage in (range(layout.pipeline_parallel_size) if stages_asked is None else sorted(stages_asked))
     )
     own, kv_tokens = None, None
     if engine is not None and layout.engine is not None:

@@ -80,6 +80,10 @@ class ModelShape:
     num_mtp_layers: int = 0
     """Multi-token-prediction layers behind the last one; a policy is trained without them."""
 
+    def __hash__(self) -> int:
+        # Shapes are looked up in caches thousands of times a second: these tell models apart well enough.
+        return hash((self.num_layers, self.hidden_size, self.ffn_hidden_size, self.vocab_size))
+
     @classmethod
     def from_hf(cls, hf_config: Mapping[str, Any]) -> ModelShape:
         """Of a config.json of any family of the mapping tables. ConfigError for an unknown family and a missing or wrong field."""

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from dapo_megatron.layout.layer_time import NO_TIME, Cut, LayerSeconds, Machine, Seconds, head_seconds, layer_seconds
-from dapo_megatron.layout.layout import NO_RECOMPUTE, Layout
+from dapo_megatron.layout.layer_time import NO_TIME, Cut, Machine, Seconds, head_seconds, layer_seconds
+from dapo_megatron.layout.layout import NO_RECOMPUTE, Layout, Recompute
 from dapo_megatron.layout.model_shape import ModelShape
 from dapo_megatron.layout.parameters import RankParameters, embedding_weights, head_weights, layer_weights, rank_parameters
 from dapo_megatron.layout.workload import Workload
@@ -81,11 +81,8 @@ class _Stage:
     forward: Seconds
     backward: Seconds
     recompute: float
+    total: float
     parameters: RankParameters
-
-    @property
-    def total(self) -> float:
-        return self.forward.total + self.backward.total + self.recompute
 
 
 def update_seconds(machine: Machine, shape: ModelShape, layout: Layout, batches: MicroBatches) -> UpdateSeconds:
@@ -118,39 +115,60 @@ def forward_seconds(machine: Machine, shape: ModelShape, layout: Layout, batches
 
 def _stages(machine: Machine, shape: ModelShape, layout: Layout, batches: MicroBatches) -> list[_Stage]:
     """One micro-batch on each stage."""
-    cut, tokens = Cut.of(layout), batches.tokens_per_micro_batch / layout.context_parallel_size
-
-    def layer(has_experts: bool, recomputed: bool = True) -> LayerSeconds:
-        recompute = layout.recompute if recomputed else NO_RECOMPUTE
-        return layer_seconds(machine, shape, cut, has_experts, tokens, batches.mean_square, recompute)
-
-    stages = []
-    num_stages = layout.pipeline_parallel_size
-    head = head_seconds(machine, shape, cut, tokens)
-    for number, chunks in enumerate(layout.layers_of(shape.num_layers)):
-        num_moe = sum(shape.moe_layers[layer_number] for chunk in chunks for layer_number in chunk)
-        num_dense = sum(map(len, chunks)) - num_moe
-        forward, backward, recompute = NO_TIME, NO_TIME, 0.0
-        for has_experts, count in ((False, num_dense), (True, num_moe)):
-            if count:
-                seconds = layer(has_experts)
-                forward, backward = forward + seconds.forward * count, backward + seconds.backward * count
-                recompute += seconds.recompute.total * count * _recomputed_share(layout, num_dense + num_moe)
-        is_last = number == num_stages - 1
-        if is_last:
-            forward, backward = forward + head.forward, backward + head.backward
-            for _ in range(shape.num_mtp_layers):
-                extra = layer(shape.moe_layers[-1], recomputed=False)
-                forward, backward = forward + extra.forward + head.forward, backward + extra.backward + head.backward
-        parameters = _held(shape, cut, num_dense, num_moe, number == 0, is_last)
-        stages.append(_Stage(forward, backward, recompute, parameters))
-    return stages
+    tokens, last = batches.tokens_per_micro_batch / layout.context_parallel_size, layout.pipeline_parallel_size - 1
+    cut, mean_square, recompute, num_chunks = Cut.of(layout), batches.mean_square, layout.recompute, layout.num_chunks
+    counts = layer_counts(shape, layout)
+    return [
+        _stage(machine, shape, cut, tokens, mean_square, recompute, num_chunks, *count, number == 0, number == last)
+        for number, count in enumerate(counts)
+    ]
 
 
-def _recomputed_share(layout: Layout, num_layers: int) -> float:
-    recompute = layout.recompute
+def layer_counts(shape: ModelShape, layout: Layout) -> tuple[tuple[int, int], ...]:
+    """[stage]: layers without and with experts."""
+    if not any(shape.moe_layers):
+        return tuple((count, 0) for count in layout.layers_per_stage(shape.num_layers))
+    flags = shape.moe_layers
+    with_experts = [
+        sum(sum(flags[chunk.start : chunk.stop]) for chunk in chunks) for chunks in layout.layers_of(shape.num_layers)
+    ]
+    totals = layout.layers_per_stage(shape.num_layers)
+    return tuple((total - moe, moe) for total, moe in zip(totals, with_experts, strict=True))
+
+
+@lru_cache(maxsize=200_000)
+def _stage(
+    machine: Machine,
+    shape: ModelShape,
+    cut: Cut,
+    num_tokens: float,
+    mean_square: float,
+    recompute: Recompute,
+    num_chunks: int,
+    num_dense: int,
+    num_moe: int,
+    is_first: bool,
+    is_last: bool,
+) -> _Stage:
+    forward, backward, again = NO_TIME, NO_TIME, 0.0
+    for has_experts, count in ((False, num_dense), (True, num_moe)):
+        if count:
+            layer = layer_seconds(machine, shape, cut, has_experts, num_tokens, mean_square, recompute)
+            forward, backward = forward + layer.forward * count, backward + layer.backward * count
+            again += layer.recompute.total * count * _recomputed_share(recompute, num_chunks, num_dense + num_moe)
+    if is_last:
+        head = head_seconds(machine, shape, cut, num_tokens)
+        forward, backward = forward + head.forward, backward + head.backward
+        for _ in range(shape.num_mtp_layers):
+            extra = layer_seconds(machine, shape, cut, shape.moe_layers[-1], num_tokens, mean_square, NO_RECOMPUTE)
+            forward, backward = forward + extra.forward + head.forward, backward + extra.backward + head.backward
+    parameters = _held(shape, cut, num_dense, num_moe, is_first, is_last)
+    return _Stage(forward, backward, again, forward.total + backward.total + again, parameters)
+
+
+def _recomputed_share(recompute: Recompute, num_chunks: int, num_layers: int) -> float:
     if recompute.granularity == "full" and recompute.method == "block":
-        return min(1.0, recompute.num_layers * layout.num_chunks / num_layers)
+        return min(1.0, recompute.num_layers * num_chunks / num_layers)
     return 1.0
 
 

@@ -85,8 +85,7 @@ class Workload:
     @property
     def mean_square(self) -> float:
         """Sum of squared lengths of sequences over the sum of their lengths, in tokens."""
-        lengths = self.response_lengths() + self.prompt_tokens
-        return float((lengths**2).sum() / lengths.sum())
+        return _mean_square(self.response_tokens, self.max_response_tokens, self.length_spread, self.prompt_tokens)
 
 
 @lru_cache(maxsize=64)
@@ -101,3 +100,9 @@ def _lengths(mean: float, maximum: int, spread: float) -> NDArray[np.float64]:
         low, high = (middle, high) if lengths.mean() < mean else (low, middle)
     lengths.flags.writeable = False
     return lengths
+
+
+@lru_cache(maxsize=64)
+def _mean_square(mean: float, maximum: int, spread: float, prompt_tokens: float) -> float:
+    lengths = _lengths(mean, maximum, spread) + prompt_tokens
+    return float((lengths**2).sum() / lengths.sum())

@@ -1,0 +1,202 @@
+"""The search behind `plan`: best first, and exact for the fastest layouts.
+
+Every cut of the model has a bound: its training without recompute beside the fastest generation possible. Cuts are looked at from the
+lowest bound on, and when enough layouts fit that are faster than the next bound, the cuts that are left are slower, each with its
+bound. Of one cut and token limit, recompute that keeps more is faster, so once one fits those after it are only slower; and what does
+not fit with few tokens does not fit with more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from dapo_megatron.layout.engine_choice import fastest_rollout_seconds, with_engines
+from dapo_megatron.layout.fit import reason_not_fitting
+from dapo_megatron.layout.gains import gains_of, limit_of
+from dapo_megatron.layout.layer_time import Machine, TimeOptions
+from dapo_megatron.layout.layout import FULL_RECOMPUTE, Layout, Recompute
+from dapo_megatron.layout.memory import plan_memory
+from dapo_megatron.layout.memory_records import MemoryOptions, MemoryPlan
+from dapo_megatron.layout.model_shape import ModelShape
+from dapo_megatron.layout.plan import Candidate, Plan, PlanRequest, Rejection
+from dapo_megatron.layout.space import cuts, recompute_choices, release_problem, rule_problem, token_limits
+from dapo_megatron.layout.step_time import step_time
+from dapo_megatron.layout.train_time import layer_counts, micro_batches, update_seconds
+
+GIB = 2**30
+MIN_CUTS = 60
+"""Cuts that are looked at in full in any case, so that the picture of the space has more than its best corner."""
+
+
+def plan(request: PlanRequest) -> Plan:
+    """All layouts that fit, fastest first, and every other with its reason. No device is touched."""
+    search = _Search.of(request)
+    candidates: list[Candidate] = []
+    rejections: list[Rejection] = []
+    bounded: list[tuple[float, int, Layout]] = []
+    for number, cut in enumerate(cuts(request)):
+        if isinstance(cut, Rejection):
+            rejections.append(cut)
+        else:
+            bounded.append((search.bound_seconds(cut), number, cut))
+    bounded.sort()
+    for done, (bound, _, cut) in enumerate(bounded):
+        if done >= MIN_CUTS and (worst := _worst_of_best(candidates, request.top)) is not None and bound > worst:
+            rejections.append(_bounded_out(cut, bound, worst))
+            continue
+        for found in search.of_cut(cut):
+            if isinstance(found, Candidate):
+                candidates.append(found)
+            else:
+                rejections.append(found)
+    candidates.sort(key=lambda candidate: candidate.time.step_seconds)
+    best = [replace(candidate, gains=gains_of(request, candidate, search.options)) for candidate in candidates[: request.top]]
+    return Plan(request, (*best, *candidates[request.top :]), tuple(rejections), _notes(request))
+
+
+def _worst_of_best(candidates: list[Candidate], top: int) -> float | None:
+    """Seconds of the last of the `top` fastest so far; None while there are fewer."""
+    seconds = sorted(candidate.time.step_seconds for candidate in candidates)
+    return seconds[top - 1] if len(seconds) >= top else None
+
+
+def _bounded_out(cut: Layout, bound: float, worst: float) -> Rejection:
+    reason = (
+        f"a step takes at least {bound:.0f} s with this cut, even without recompute; the layouts shown take up to {worst:.0f} s"
+    )
+    return Rejection(cut, "slower", reason, step_seconds=bound)
+
+
+def evaluate(request: PlanRequest, layout: Layout) -> Candidate | Rejection:
+    """One layout as it is given; of a layout without engines training alone."""
+    problem = rule_problem(request, layout)
+    if problem:
+        return Rejection(layout, "rule", problem)
+    if request.only_runnable and (problem := release_problem(layout)):
+        return Rejection(layout, "release", problem)
+    return _Search.of(request).of_layout(layout)
+
+
+@dataclass(frozen=True, slots=True)
+class _Search:
+    request: PlanRequest
+    machine: Machine
+    options: MemoryOptions
+    fastest_rollout: float
+
+    @classmethod
+    def of(cls, request: PlanRequest) -> _Search:
+        machine = Machine(request.gpu, TimeOptions(gpus_per_node=request.gpus_per_node))
+        options = MemoryOptions(gpus_per_node=request.gpus_per_node)
+        return cls(request, machine, options, fastest_rollout_seconds(request, machine, options))
+
+    def bound_seconds(self, cut: Layout) -> float:
+        """No layout of this cut has a faster step."""
+        request, workload = self.request, self.request.workload
+        seconds = []
+        for limit in token_limits(request, cut):
+            sized = replace(cut, max_tokens_per_micro_batch=limit)
+            update = update_seconds(self.machine, request.model, sized, micro_batches(workload, sized))
+            log_probs = update.forward.total if workload.has_old_log_probs_pass else 0.0
+            seconds.append(workload.num_updates_per_rollout * (update.total + log_probs))
+        if workload.rollout_lag:
+            return max(min(seconds), self.fastest_rollout)
+        return min(seconds) + self.fastest_rollout
+
+    def of_cut(self, cut: Layout) -> Iterator[Candidate | Rejection]:
+        """Everything that can be made of one cut: offload and engines, limits of micro-batches, recompute."""
+        for swap in (False, True) if self.request.colocated else (False,):
+            layout = replace(cut, swap_optimizer=swap, swap_parameters=swap)
+            with_engine = with_engines(self.request, self.machine, self.options, layout)
+            if isinstance(with_engine, Rejection):
+                yield with_engine
+            else:
+                yield from self._of_engine(with_engine)
+
+    def _of_engine(self, layout: Layout) -> Iterator[Candidate | Rejection]:
+        limits, choices = token_limits(self.request, layout), recompute_choices(self.request.model)
+        first = 0  # of the choices: those before it do not fit with fewer tokens either
+        for number, limit in enumerate(limits):
+            if first:
+                reason = f"recompute {choices[first - 1]} does not fit with micro-batches of {limits[number - 1]} tokens either"
+                yield Rejection(self._sized(layout, limit, choices[0]), "memory", reason, first)
+            for index in range(first, len(choices)):
+                found = self.of_layout(self._sized(layout, limit, choices[index]))
+                yield found
+                if isinstance(found, Candidate):
+                    yield from (self._slower(self._sized(layout, limit, slower), found) for slower in choices[index + 1 :])
+                    first = index
+                    break
+            else:
+                if larger := len(limits) - number - 1:
+                    reason = f"micro-batches of {limit} tokens do not fit even with full recompute"
+                    yield Rejection(self._sized(layout, limits[-1], FULL_RECOMPUTE), "memory", reason, larger * len(choices))
+                return
+
+    def of_layout(self, layout: Layout) -> Candidate | Rejection:
+        """Memory first, of the stages that can be the fullest; then time, and memory of all stages."""
+        request, gpu_bytes = self.request, self.request.gpu.memory_bytes
+        memory = plan_memory(request.model, layout, gpu_bytes, self.options, _fullest_stages(request.model, layout))
+        reason = reason_not_fitting(memory, layout, gpu_bytes)
+        if reason is not None:
+            return Rejection(layout, "memory", reason, peak_bytes=memory.peak_bytes)
+        host_bytes = request.gpu.host_memory_gib_per_gpu * request.gpus_per_node * GIB
+        if memory.host_bytes > host_bytes:
+            return Rejection(layout, "host_memory", _host_reason(memory, host_bytes), peak_bytes=memory.peak_bytes)
+        time = step_time(self.machine, request.model, layout, request.workload, memory.kv_cache_tokens, request.calibration)
+        memory = plan_memory(request.model, layout, gpu_bytes, self.options)
+        return Candidate(layout, memory, time, limit_of(memory, time, request.gpu))
+
+    def _sized(self, layout: Layout, limit: int, recompute: Recompute) -> Layout:
+        sized = replace(layout, max_tokens_per_micro_batch=limit, recompute=recompute)
+        return replace(sized, num_micro_batches=micro_batches(self.request.workload, sized).num_micro_batches)
+
+    def _slower(self, layout: Layout, faster: Candidate) -> Rejection:
+        time = step_time(
+            self.machine,
+            self.request.model,
+            layout,
+            self.request.workload,
+            faster.memory.kv_cache_tokens,
+            self.request.calibration,
+        )
+        loss = time.step_seconds / faster.time.step_seconds - 1
+        return Rejection(
+            layout,
+            "slower",
+            f"recompute {layout.recompute} costs {loss:+.1%} of a step, and the same layout fits with recompute {faster.layout.recompute}",
+            step_seconds=time.step_seconds,
+        )
+
+
+def _fullest_stages(shape: ModelShape, layout: Layout) -> set[int]:
+    """Both ends, the second one where the first holds fewer layers, and the first with the most experts: others hold no more."""
+    counts = layer_counts(shape, layout)
+    last = len(counts) - 1
+    return {0, min(1, last), last, max(range(last + 1), key=lambda stage: (counts[stage][1], -stage))}
+
+
+def _host_reason(memory: MemoryPlan, host_bytes: float) -> str:
+    largest = max(memory.host_items, key=lambda item: item.num_bytes)
+    return (
+        f"host memory {memory.host_bytes / 1e9:.0f} GB a node, {largest.num_bytes / 1e9:.0f} GB of it {largest.name}, exceeds "
+        f"{host_bytes / 1e9:.0f} GB; use more nodes, or no offload"
+    )
+
+
+def _notes(request: PlanRequest) -> tuple[str, ...]:
+    workload, notes = request.workload, []
+    if workload.mean_response_tokens is None:
+        notes.append(
+            f"responses are taken to have {workload.response_tokens:.0f} tokens on average, a third of the limit; measure it, or give it."
+        )
+    if request.model.experts is not None or request.model.num_mtp_layers:
+        notes.append("this version converts models with experts and does not train them yet; the plan is for the day it does.")
+    if request.calibration is not None:
+        calibration = request.calibration
+        notes.append(
+            f"corrected by {calibration.num_steps} steps of {calibration.source}: rollout x{calibration.rollout:.2f}, train "
+            f"x{calibration.train:.2f}, sync x{calibration.sync:.2f}."
+        )
+    return tuple(notes)
