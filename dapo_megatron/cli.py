@@ -219,6 +219,100 @@ def compare_layouts(
     raise typer.Exit(compare_layouts(request, Console()))
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def submit(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="CONFIG [--PATH VALUE]", help="YAML files, then overrides.", show_default=False)
+    ],
+    array: Annotated[
+        list[str] | None,
+        typer.Option("--array", metavar="PATH=VALUE,...", help="A run for each value, in a folder of its own; may be repeated."),
+    ] = None,
+    site: Annotated[
+        Path | None,
+        typer.Option("--site", metavar="FILE", help="Settings below all others. Default: ~/.config/dapo-megatron/slurm.yaml."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the batch script, submit nothing.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Then show the log, as `logs` does.")] = False,
+) -> None:
+    """Check a run, write its batch script and hand it to Slurm.
+
+    Everything that `train --check` finds is found here, and what the partition, the run folder and its disk cannot give. The job saves
+    before its time limit, puts itself back into the queue and goes on where it was. Any setting of the section `slurm` is an option:
+
+    `--nodes 16 --gpus-per-node 8 --time 24:00:00 --partition P --account A --qos Q --container IMAGE --max-restarts N` and what
+    `dapo-megatron config slurm` lists.
+
+    **Examples**
+
+    - `dapo-megatron submit run.yaml --nodes 4 --time 12:00:00`
+    - `dapo-megatron submit run.yaml --dry-run > mine.sbatch`: a script of your own
+    - `dapo-megatron submit run.yaml --array actor.optimizer.lr=1e-6,2e-6,4e-6`
+
+    Exit code 2: nothing was submitted, mend the input. Exit code 1: Slurm refused.
+    """
+    from rich.console import Console
+
+    from dapo_megatron.launcher.slurm.submit import Request, submit
+    from dapo_megatron.train import run
+
+    files, overrides = split_arguments(arguments)
+    request = Request(files, overrides, array or [], site, dry_run)
+    folder = submit(request, lambda config: run(config, check_only=True), Console())
+    if follow and folder is not None:
+        logs(str(folder))
+
+
+@app.command()
+def status(
+    target: Annotated[str, typer.Argument(metavar="RUN|JOB", help="Run folder, sweep folder or job id.")],
+) -> None:
+    """Say where a submitted run stands: queue, rollout step, last metrics, restarts, logs, and why it waits."""
+    from rich.console import Console
+
+    from dapo_megatron.launcher.slurm.status import runs_of, show, status_of
+
+    for run_dir in runs_of(target):
+        show(status_of(run_dir), Console())
+
+
+@app.command()
+def logs(
+    target: Annotated[str, typer.Argument(metavar="RUN|JOB", help="Run folder or job id.")],
+    rank: Annotated[
+        int | None, typer.Option("--rank", min=0, help="Of this actor rank. Default: the job and its controller.")
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Go on until the job ends, over its restarts.")] = True,
+) -> None:
+    """Show the log of a submitted run, and follow it."""
+    import sys
+
+    from dapo_megatron.launcher.slurm.logs import follow as pieces
+    from dapo_megatron.launcher.slurm.logs import job_has_ended, log_file
+    from dapo_megatron.launcher.slurm.status import runs_of
+
+    run_dir, *others = runs_of(target)
+    if others:
+        raise ConfigError(f"{target} is a sweep; give one of its runs: {', '.join(str(run) for run in (run_dir, *others))}.")
+    for piece in pieces(log_file(run_dir, rank), (lambda: job_has_ended(run_dir)) if follow else (lambda: True)):
+        sys.stdout.buffer.write(piece)
+        sys.stdout.buffer.flush()
+
+
+@app.command()
+def cancel(
+    target: Annotated[str, typer.Argument(metavar="RUN|JOB", help="Run folder, sweep folder or job id.")],
+    now: Annotated[bool, typer.Option("--now", help="At once, without a checkpoint.")] = False,
+) -> None:
+    """Ask a submitted run for a checkpoint, then end its job; it does not start again."""
+    from rich.console import Console
+
+    from dapo_megatron.launcher.slurm.cancel import cancel
+    from dapo_megatron.launcher.slurm.status import runs_of
+
+    cancel(runs_of(target), now=now, console=Console())
+
+
 @app.command()
 def config(
     prefix: Annotated[str, typer.Argument(help="Only this section or path, e.g. `actor` or `actor.optimizer`.")] = "",

@@ -196,6 +196,10 @@ class RewardError(DapoMegatronError):
     """The reward function cannot be loaded or its workers cannot be started."""
 
 
+class SchedulerError(DapoMegatronError):
+    """Slurm refused, or does not answer."""
+
+
 class MappingError(DapoMegatronError):
     """A weight mapping does not tile: an element is missing, covered twice, or has the wrong shape."""
 

@@ -49,7 +49,7 @@ def load_config(files: Sequence[Path], overrides: Sequence[str] = (), *, base: M
     _merge(merged, base or {})
     for file in files:
         try:
-            _merge(merged, _read_yaml(file))
+            _merge(merged, _read_file(file))
         except ConfigError as error:
             problems += error.problems
     if problems:
@@ -107,7 +107,8 @@ _ConfigLoader.add_implicit_resolver(
 )
 
 
-def _parse_yaml(text: str, source: str) -> Any:
+def parse_yaml(text: str, source: str) -> Any:
+    """YAML as config files and overrides write it; ConfigError names the `source` of what cannot be read."""
     try:
         return yaml.load(text, Loader=_ConfigLoader)
     except yaml.YAMLError as error:
@@ -116,14 +117,22 @@ def _parse_yaml(text: str, source: str) -> Any:
         raise ConfigError(f"{place}: {getattr(error, 'problem', None) or error}; correct the YAML.") from None
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def _parse_json(text: str, source: str) -> Any:
+    """JSON is nearly YAML: a character that JSON writes as two escapes is not."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{source}, line {error.lineno}: {error.msg}; correct the JSON.") from None
+
+
+def _read_file(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror}; give the path of a YAML file.") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file} must be UTF-8 text: {error}.") from None
-    tree = _parse_yaml(text, str(file))
+    tree = _parse_json(text, str(file)) if file.suffix == ".json" else parse_yaml(text, str(file))
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -163,7 +172,7 @@ def _parse_overrides(tokens: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
                 continue
             text = remaining.pop()
         try:
-            _put(tree, _resolve(name), _parse_yaml(text, f"--{name}"))
+            _put(tree, _resolve(name), parse_yaml(text, f"--{name}"))
         except ConfigError as error:
             problems += error.problems
     return tree, problems
@@ -263,4 +272,4 @@ def _called(names: Iterable[str], paths: Iterable[str]) -> list[str]:
     return [path for name in names for path in paths if path.rpartition(".")[2] == name]
 
 
-__all__ = ["load_config", "nearest", "resolved_dict"]
+__all__ = ["load_config", "nearest", "parse_yaml", "resolved_dict"]

@@ -131,6 +131,11 @@ class RunFolder:
         return sorted(found, key=num_steps_of)
 
 
+def read_phase(phase_file: Path) -> PhaseNote:
+    """What the run was doing when it last said so. FileNotFoundError before it has."""
+    return _PHASE.validate_json(phase_file.read_bytes())
+
+
 def read_marker(checkpoint: Path) -> Marker:
     """What the checkpoint says of itself; CheckpointError when it has no marker or a damaged one."""
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster, cluster, why_not
+from tests.slurm.plays import Play
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +17,7 @@ def slurm_cluster() -> Iterator[Cluster]:
     """Four idle nodes."""
     if reason := why_not():
         pytest.skip(reason)
-    with cluster(kill_wait=30) as it:
+    with cluster(kill_wait=10) as it:
         yield it
 
 
@@ -35,3 +36,12 @@ def shared_dir(slurm_cluster: Cluster, request: pytest.FixtureRequest) -> Path:
     folder = slurm_cluster.shared / re.sub(r"\W+", "_", request.node.name)
     folder.mkdir()
     return folder
+
+
+@pytest.fixture
+def play(slurm: Cluster, shared_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Play:
+    """Submit runs from this process, with a stand-in for what runs in the job."""
+    monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
+    monkeypatch.setenv("HOME", str(shared_dir))  # no site file of whoever runs the tests
+    monkeypatch.chdir(shared_dir)
+    return Play(shared_dir)

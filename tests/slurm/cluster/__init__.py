@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime, timedelta
 from pathlib import Path
 from string import Template
 
@@ -28,6 +29,8 @@ PREFIX = "slurm-test-"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "ip", "nsenter", "unshare", "setpriv")
 NUM_NODES = 4
 START_SECONDS = 30
+REVOKED = timedelta(seconds=2)
+"""After a requeue: how long nodes may still refuse the job."""
 CONTROLLER = 254
 HOST = 253
 """Last parts of addresses; a node has its number."""
@@ -85,9 +88,10 @@ class Cluster:
         return self.job(job)["JobState"]
 
     def wait(self, job: str, *states: str, seconds: float = 60, until: Callable[[], bool] | None = None) -> str:
-        """Until the job is in one of the states, or `until` is true; the state. A hold after a requeue is lifted meanwhile.
+        """Until the job is in one of the states, or `until` is true; the state. Holds after a requeue, of all jobs, are lifted meanwhile.
 
-        Slurm holds a requeued job back for two minutes and has no setting for it.
+        Slurm holds a requeued job back for two minutes and has no setting for it: within the second of the requeue, a node that had the
+        job refuses it (`Job credential revoked`).
         """
         deadline = time.monotonic() + seconds
         while True:
@@ -100,9 +104,14 @@ class Cluster:
                     f"job {job} is {now['JobState']} ({now.get('Reason')}), wanted {states or 'a condition'}; "
                     f"its output:\n{self.output(job)}"
                 )
-            if now["JobState"] == "PENDING" and now.get("Reason") == "BeginTime":
-                self.run("scontrol", "update", f"jobid={job}", "StartTime=now", check=False)  # it may just have begun
+            self._lift_holds()
             time.sleep(0.1)
+
+    def _lift_holds(self) -> None:
+        pending = self.run("squeue", "--noheader", "--array", "--states=PENDING", "--format=%i %V %r").stdout.splitlines()
+        for job, queued, reason in (line.split(maxsplit=2) for line in pending):
+            if reason == "BeginTime" and datetime.now() - datetime.fromisoformat(queued) > REVOKED:
+                self.run("scontrol", "update", f"jobid={job}", "StartTime=now", check=False)  # it may just have begun
 
     def output(self, job: str) -> str:
         """What the job has written so far."""

@@ -1,0 +1,163 @@
+"""What Slurm says, by its own commands. Every value is an argument of its own: no shell is in between."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from dapo_megatron.config.slurm_text import seconds_of
+from dapo_megatron.types import SchedulerError
+
+ENDED = frozenset(
+    {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"}
+)
+"""States that a job does not leave."""
+USABLE = ("idle", "mixed", "allocated", "completing", "planned", "reserved")
+"""States of a node, or beginnings of one, in which it takes jobs now or later."""
+ANSWER_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job or one element of an array."""
+
+    job_id: str
+    """`17`, or `17_2` for an element."""
+    state: str
+    reason: str | None
+    """Why it is pending, or why it ended; None when Slurm has nothing to say."""
+    nodes: str
+    """`node[1-2]`; empty before it runs."""
+    num_restarts: int
+    run_seconds: int
+    log: Path | None
+    working_dir: Path | None
+    """Of the batch script: the run folder, or the sweep's."""
+    starts: str | None
+    """When Slurm means to start a pending job."""
+
+    @property
+    def ended(self) -> bool:
+        """Slurm does nothing more with it."""
+        return self.state in ENDED
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """Limits of a partition, and its nodes."""
+
+    name: str
+    is_default: bool
+    """Where a job goes that names none."""
+    up: bool
+    max_seconds: int | None
+    max_nodes: int | None
+    num_nodes: int
+    num_usable_nodes: int
+    """Neither down nor drained."""
+    gpus_of_nodes: tuple[int, ...]
+    """GPUs of each node, for every node."""
+
+
+def submit(script: Path, folder: Path) -> str:
+    """Hand in `script` with `folder` as the working directory; the job's id."""
+    return _slurm("sbatch", "--parsable", f"--chdir={folder}", str(script)).strip().partition(";")[0]
+
+
+def find_job(job_id: str) -> Job | None:
+    """None: Slurm has forgotten it, or never knew."""
+    done = _run("scontrol", "show", "job", "--details", job_id)
+    if done.returncode:
+        if "Invalid job id" in done.stderr:
+            return None
+        raise SchedulerError(f"scontrol show job {job_id}: {done.stderr.strip()}")
+    return _parse_job(job_id, done.stdout)
+
+
+def partitions() -> dict[str, Partition]:
+    """All that this user sees, by name."""
+    usable: dict[str, set[str]] = {}
+    gpus: dict[str, dict[str, int]] = {}
+    for line in _slurm("sinfo", "--noheader", "--Node", "--format=%R|%N|%T|%G").splitlines():
+        name, node, state, resources = line.split("|", 3)
+        gpus.setdefault(name, {})[node] = _num_gpus(resources)
+        if state.rstrip("*~#!%$@^-+").startswith(USABLE) and not state.endswith("*"):
+            usable.setdefault(name, set()).add(node)
+    found = {}
+    for line in _slurm("scontrol", "show", "partition", "--oneliner").splitlines():
+        fields = _fields(line)
+        name = fields["PartitionName"]
+        max_nodes = fields["MaxNodes"]
+        found[name] = Partition(
+            name=name,
+            is_default=fields["Default"] == "YES",
+            up=fields["State"] == "UP",
+            max_seconds=seconds_of(fields["MaxTime"]),
+            max_nodes=None if max_nodes == "UNLIMITED" else int(max_nodes),
+            num_nodes=int(fields["TotalNodes"]),
+            num_usable_nodes=len(usable.get(name, ())),
+            gpus_of_nodes=tuple(gpus.get(name, {}).values()),
+        )
+    return found
+
+
+def signal_batch(job_id: str, signal: str) -> None:
+    """To the batch script alone."""
+    _slurm("scancel", f"--signal={signal}", "--batch", job_id)
+
+
+def cancel(job_id: str) -> None:
+    """End the job, at once."""
+    _slurm("scancel", job_id)
+
+
+def _parse_job(job_id: str, text: str) -> Job:
+    """The first job of `scontrol show job`, which is the leader of a heterogeneous one.
+
+    Only lines that begin with the wanted names are looked at: a job's name and comment may say anything.
+    """
+    lines = {line.strip().partition("=")[0]: line.strip() for line in text.strip().split("\n\n")[0].splitlines()}
+    state, restarts, run_time, start = (_fields(lines.get(name, "")) for name in ("JobState", "Requeue", "RunTime", "StartTime"))
+    reason, starts = state.get("Reason", "None"), start.get("StartTime", "Unknown")
+    log, folder, nodes = (lines.get(name, "").partition("=")[2] for name in ("StdOut", "WorkDir", "NodeList"))
+    return Job(
+        job_id=job_id,
+        state=state["JobState"],
+        reason=None if reason == "None" else reason,
+        nodes=nodes.replace("(null)", ""),
+        num_restarts=int(restarts.get("Restarts", 0)),
+        run_seconds=seconds_of(run_time.get("RunTime", "0")) or 0,
+        log=Path(log) if log else None,
+        working_dir=Path(folder) if folder else None,
+        starts=None if starts == "Unknown" else starts,
+    )
+
+
+def _fields(text: str) -> dict[str, str]:
+    """`Name=value` words."""
+    return dict(re.findall(r"(?:^|\s)([A-Za-z]\w*)=(\S*)", text))
+
+
+def _num_gpus(resources: str) -> int:
+    """Of `gpu:h100:8(S:0-1),tmpdisk:100`."""
+    return sum(int(number) for number in re.findall(r"(?:^|,)gpu(?::[^,:()]+)?:(\d+)", resources))
+
+
+def _slurm(*command: str) -> str:
+    done = _run(*command)
+    if done.returncode:
+        raise SchedulerError(f"{' '.join(command[:1])}: {done.stderr.strip() or f'exit code {done.returncode}'}")
+    return done.stdout
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=ANSWER_SECONDS, check=False)
+    except FileNotFoundError:
+        raise SchedulerError(f"{command[0]} is not here; use a machine with the commands of Slurm, a login node") from None
+    except subprocess.TimeoutExpired:
+        raise SchedulerError(
+            f"{command[0]} has not answered for {ANSWER_SECONDS:.0f} s; is the controller of Slurm up?"
+        ) from None

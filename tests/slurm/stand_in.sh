@@ -1,0 +1,23 @@
+#!/bin/bash
+# Stands in for `python -m dapo_megatron job-node CONFIG` where the batch script is what is tested. RUN/play, or play in the
+# folder of a sweep, has one word per attempt:
+#   a number   the exit code to end with            wait   until it is asked to save, then 85
+# RUN/attempts gets a line per attempt: restart count, nodes of the processes. Processes that are not the first one end with it.
+run=$(dirname "$(dirname "$4")")
+attempt=${SLURM_RESTART_COUNT:-0}
+printf '%s\n' "$@" > "$run/arguments"
+env -0 > "$run/environment.$SLURM_PROCID"
+pwd > "$run/cwd"
+if [ "$SLURM_PROCID" != 0 ]; then
+  trap '' USR1 TERM
+  touch "$run/up.$attempt.$SLURM_PROCID"
+  while [ ! -e "$run/ended.$attempt" ]; do sleep 0.1; done
+  exit 0
+fi
+end() { touch "$run/ended.$attempt"; exit "$1"; }
+trap 'end 85' USR1 TERM
+echo "$attempt $(hostname) $SLURM_NTASKS" >> "$run/attempts"
+words=($(cat "$run/play" 2>/dev/null || cat "$run/../play"))
+word=${words[$attempt]}
+[ "$word" != wait ] || while :; do sleep 0.1; done
+end "$word"

@@ -1,0 +1,105 @@
+"""What the batch script decides, on a real cluster, with a stand-in for the run inside."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from dapo_megatron.launcher.slurm.cancel import cancel
+from tests.slurm.cluster import Cluster
+from tests.slurm.plays import Play, wait_for_file
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(180)]
+
+
+def test_exit_codes_decide_whether_a_job_starts_again(slurm: Cluster, play: Play):
+    limit = ("--slurm.max_restarts=2",)
+    runs = {
+        "finished": play("0", name="finished"),
+        "bad input": play("2", name="bad_input"),
+        "bad node": play("87", name="bad_node"),
+        "bad node left out": play("87 0", "--slurm.exclude_bad_nodes=true", name="left_out"),
+        "saved, stalled": play("85 86 0", *limit, name="saved"),
+        "failing": play("1 1 1 0", *limit, name="failing"),
+    }
+    for run in runs.values():
+        slurm.wait(run.job, "COMPLETED", "FAILED", seconds=60)
+    assert {name: slurm.state(run.job) for name, run in runs.items()} == {
+        "finished": "COMPLETED",
+        "bad input": "FAILED",
+        "bad node": "FAILED",
+        "bad node left out": "COMPLETED",
+        "saved, stalled": "COMPLETED",
+        "failing": "FAILED",
+    }
+    assert {name: len(run.attempts) for name, run in runs.items()} == {
+        "finished": 1,
+        "bad input": 1,
+        "bad node": 1,
+        "bad node left out": 2,
+        "saved, stalled": 3,
+        "failing": 3,
+    }
+    last = {name: run.history.splitlines()[-1].partition(": ")[2] for name, run in runs.items()}
+    assert last["finished"] == "finished"
+    assert last["bad input"] == "ended with 2: it would only fail again, see the lines above; not started again"
+    assert last["failing"] == "ended with 1; slurm.max_restarts (2) reached; not started again"
+    words = [line.partition(": ")[2] for line in runs["saved, stalled"].history.splitlines()]
+    assert [line for line in words if not line.startswith("on node")] == [
+        "a checkpoint was saved; starting again",
+        f"no progress, see {runs['saved, stalled'].folder}/stalls; starting again",
+        "finished",
+    ]
+    log = slurm.output(runs["saved, stalled"].job)
+    assert all(line in log for line in words), "attempts do not follow one another in one log"
+
+
+def test_a_run_that_is_asked_to_save_goes_on_and_one_that_is_cancelled_does_not(slurm: Cluster, play: Play):
+    limit = play("wait 0", name="limit")
+    asked, preempted = play("wait 0", name="cancelled"), play("wait 0", "--slurm.sbatch=[--nodelist=node4]", name="preempted")
+    at_once = play("wait 0", name="at_once")
+    for run in (limit, asked, preempted, at_once):
+        wait_for_file(slurm, run, "attempts")
+
+    slurm.run("scancel", "--signal=USR1", "--batch", limit.job)  # what Slurm sends before the time limit
+    urgent = slurm.sbatch("--partition=urgent", "--nodelist=node4", "--exclusive", "--wrap", "true")
+    output = io.StringIO()
+    cancel([asked.folder], now=False, console=Console(file=output, width=300))
+    cancel([at_once.folder], now=True, console=Console(file=output, width=300))
+
+    assert slurm.wait(limit.job, "COMPLETED") and len(limit.attempts) == 2
+    assert "a checkpoint was saved; starting again" in limit.history
+    assert slurm.state(asked.job) == "CANCELLED" and len(asked.attempts) == 1
+    assert "a checkpoint was saved; cancelled" in output.getvalue()
+    slurm.wait(at_once.job, "CANCELLED")
+    slurm.wait(urgent, "COMPLETED")
+    assert slurm.wait(preempted.job, "COMPLETED") and len(preempted.attempts) == 2
+    assert "a checkpoint was saved; Slurm is ending this job itself" in preempted.history
+
+
+def test_a_job_outlives_the_loss_of_a_node(slurm: Cluster, play: Play):
+    nodes = ("--slurm.nodes=2", "--actor.num_ranks=2")
+    second_node = play("wait 0", *nodes, "--slurm.sbatch=[--exclude=node3]", name="second_node")
+    batch_node = play("wait 0", *nodes, "--slurm.sbatch=[--exclude=node1]", name="batch_node")
+    for run in (second_node, batch_node):
+        wait_for_file(slurm, run, "up.0.1")
+    assert (second_node.attempts, batch_node.attempts) == (["0 node1 2"], ["0 node2 2"])
+    slurm.power_off(2)
+    for run in (second_node, batch_node):
+        slurm.wait(run.job, "COMPLETED", seconds=90)
+    assert (second_node.attempts[1:], batch_node.attempts[1:]) == (["1 node1 2"], ["1 node3 2"])
+    assert "a checkpoint was saved; Slurm is ending this job itself" in second_node.history
+
+
+def test_nodes_of_two_kinds_are_one_job(slurm: Cluster, play: Play):
+    split = ("--cluster.placement=split", "--slurm.gpus_per_node=2", "--actor.num_ranks=2", "--slurm.rollout_partition=urgent")
+    run = play("0", *split, "--slurm.rollout_nodes=1", "--slurm.rollout_gpus_per_node=1")
+    slurm.wait(run.job, "COMPLETED")
+    environments = [(run.folder / f"environment.{process}").read_bytes().decode().split("\0") for process in (0, 1)]
+    assert run.attempts[0].endswith(" 2")
+    for environment in environments:
+        assert "SLURM_HET_SIZE=2" in environment
+    gpus = [next(line for line in environment if line.startswith("CUDA_VISIBLE_DEVICES=")) for environment in environments]
+    assert [line.count(",") + 1 for line in gpus] == [2, 1]

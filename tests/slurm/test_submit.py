@@ -1,0 +1,79 @@
+"""What submit refuses, and what it prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from dapo_megatron.launcher.slurm.submit import Request, plan_job
+from dapo_megatron.types import ConfigError
+from tests.slurm.cluster import Cluster
+from tests.slurm.plays import Play
+
+pytestmark = pytest.mark.slurm
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (("--partition=mian",), r"slurm.partition \(mian\) is no partition of this cluster; did you mean main\?"),
+        (("--partition=gpu9",), r"slurm.partition \(gpu9\) is no partition of this cluster; use main, short or urgent"),
+        (
+            ("--partition=short", "--time=1:00:00"),
+            r"slurm.time \(1:00:00\) must be at most 0:30:00, the limit of partition short",
+        ),
+        (
+            ("--partition=short", "--nodes=2", "--actor.num_ranks=2"),
+            r"slurm.nodes \(2\) must be at most 1, the nodes of partition sho",
+        ),
+        (
+            ("--nodes=5", "--gpus-per-node=8", "--actor.num_ranks=40"),
+            r"slurm.nodes \(5\) must be at most 4, the nodes with 8 GPUs",
+        ),
+        (
+            ("--gpus-per-node=9", "--actor.num_ranks=9"),
+            r"slurm.gpus_per_node \(9\) must be at most 8: no node of partition main has",
+        ),
+        (("--run.dir=/dev/null/run",), r"run.dir \(/dev/null/run\) cannot be written: Not a directory"),
+        (("--run.dir=run%j",), r"must be one line of text without % and"),
+    ],
+)
+def test_what_the_cluster_cannot_give_is_an_error_before_submission(play: Play, overrides: tuple[str, ...], problem: str):
+    with pytest.raises(ConfigError, match=problem):
+        play("0", *overrides)
+
+
+def test_a_run_has_one_job_at_a_time(slurm: Cluster, play: Play, shared_dir: Path):
+    run = play("wait", "--slurm.sbatch=[--begin=now+1hour]")
+    again = [f"--run.dir={run.folder}", "--model.path=m", "--data.path=d", "--checkpoint.every=0", "--gpus-per-node=0"]
+    with pytest.raises(ConfigError, match=rf"has job {run.job}, which is PENDING; cancel it first"):
+        plan_job(Request([], again), lambda config: None)
+
+
+def test_submit_says_how_to_go_on(play: Play):
+    run = play("0", "--time=30")
+    assert run.said.splitlines() == [
+        f"job {run.job}: 1 node, at most 30",
+        f"run folder {run.folder}",
+        *(f"  dapo-megatron {command} {run.folder}" for command in ("status", "logs", "cancel")),
+    ]
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_an_error(play: Play, monkeypatch: pytest.MonkeyPatch):
+    config = {
+        "model_type": "llama",
+        "num_hidden_layers": 2,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_attention_heads": 8,
+    }
+    Path("model").mkdir()
+    (Path("model") / "config.json").write_text(
+        json.dumps(config | {"vocab_size": 1000, "max_position_embeddings": 64, "tie_word_embeddings": True})
+    )
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**30))
+    with pytest.raises(ConfigError, match=r"has 1.0 GiB free, but 3 more checkpoints of 0.5 GiB come there"):
+        play("0", "--checkpoint.every=10")
