@@ -39,6 +39,5 @@ EFFICIENCIES: Mapping[str, Efficiency] = {
         0.69, 0.48, 0.30, 0.85, 0.55, 0.75, 5e-6, "11 rows: Megatron-LM, 7B on 8 H100 and 2B to 462B on up to 6144"
     ),
     "b200": Efficiency(0.52, 0.45, 0.35, 0.86, 0.39, 0.75, 5e-6, "43 rows: SimuMax, dense and MoE slices on 8 B200"),
-    "gb200": Efficiency(0.68, 0.46, 0.37, 0.85, 0.56, 0.75, 5e-6, "2 rows: Megatron-LM, 7B on 4 GB200"),
 }
 """By the name that a GPU entry refers to. `network` and `launch_seconds` are assumed, not fitted."""

@@ -6,7 +6,7 @@ Shape letters: T tokens of a micro-batch on one context-parallel rank, h hidden 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -33,6 +33,8 @@ class TimeOptions:
     """Gradients are reduced and parameters gathered while other layers compute."""
     overlap_tensor_parallel: bool = False
     """Collectives of tensor parallelism run inside the matrix products (user buffers)."""
+    fully_sharded: bool = False
+    """FSDP: parameters are gathered for every forward and backward pass, gradients scattered after every backward pass."""
     gpus_per_node: int = 8
 
 
@@ -186,20 +188,35 @@ def layer_seconds(
     recompute: Recompute,
 ) -> LayerSeconds:
     """One layer over T = `num_tokens`; `mean_square` is the sum of squared sequence lengths over the sum of lengths."""
-    parts = _attention_parts(machine, shape, cut, num_tokens, mean_square)
-    parts |= _expert_parts(machine, shape, cut, num_tokens) if has_experts else _mlp_parts(machine, shape, cut, num_tokens)
-    forward = sum((part.forward for part in parts.values()), NO_TIME)
-    backward = sum((part.backward for part in parts.values()), NO_TIME)
+    without_experts = replace(cut, expert=1, expert_tensor=1)  # attention is the same under any expert parallelism
+    attention = _attention(machine, shape, without_experts, num_tokens, mean_square)
+    rest = _experts(machine, shape, cut, num_tokens) if has_experts else _mlp(machine, shape, without_experts, num_tokens)
+    forward, backward = attention.forward + rest.forward, attention.backward + rest.backward
     if recompute.granularity == "full":
         return LayerSeconds(forward, backward, forward)
-    again = sum((_again(parts, name) for name in recompute.modules), NO_TIME)
-    return LayerSeconds(forward, backward, again)
+    names = {name for module in recompute.modules for name in _RECOMPUTED[module]}
+    again = [block.parts[name].forward for block in (attention, rest) for name in sorted(names & block.parts.keys())]
+    return LayerSeconds(forward, backward, sum(again, NO_TIME))
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
     forward: Seconds
     backward: Seconds
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Attention or MLP of a layer, by the parts that recompute can name."""
+
+    parts: Mapping[str, _Part]
+    forward: Seconds
+    backward: Seconds
+
+    @classmethod
+    def of(cls, parts: Mapping[str, _Part]) -> _Block:
+        whole = _merge(*parts.values())
+        return cls(parts, whole.forward, whole.backward)
 
 
 _RECOMPUTED: Mapping[str, tuple[str, ...]] = {
@@ -213,17 +230,18 @@ _RECOMPUTED: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def _again(parts: Mapping[str, _Part], module: str) -> Seconds:
-    return sum((parts[name].forward for name in _RECOMPUTED[module] if name in parts), NO_TIME)
-
-
 def _linear(machine: Machine, rows: float, columns: float, depth: float, count: float = 1) -> _Part:
     """Forward, and both gradients; that of the weight is added to an fp32 buffer, read and written."""
     forward = machine.matmul(rows, columns, depth, count)
     input_grad = machine.matmul(rows, depth, columns, count)
     weight_grad = machine.matmul(columns, depth, rows, count)
     weight_grad += machine.stream(count * 2 * machine.options.grad_bytes * columns * depth, 0)
-    return _Part(Seconds(matmul=forward), Seconds(matmul=input_grad + weight_grad))
+    if machine.options.precision == "bf16":
+        return _Part(Seconds(matmul=forward), Seconds(matmul=input_grad + weight_grad))
+    # Each operand is read in bf16 and written in fp8, as it is and transposed.
+    cast_forward = machine.stream(4 * count * depth * (rows + columns), 2)
+    cast_backward = machine.stream(4 * count * rows * columns)
+    return _Part(Seconds(matmul=forward, memory=cast_forward), Seconds(matmul=input_grad + weight_grad, memory=cast_backward))
 
 
 def _passes(machine: Machine, num_bytes: float, num_kernels: int = 1) -> _Part:
@@ -249,7 +267,8 @@ def _gather_and_reduce(machine: Machine, shape: ModelShape, cut: Cut, num_tokens
     return _Part(Seconds(tensor_parallel=forward), Seconds(tensor_parallel=backward))
 
 
-def _attention_parts(machine: Machine, shape: ModelShape, cut: Cut, num_tokens: float, mean_square: float) -> dict[str, _Part]:
+@lru_cache(maxsize=20_000)
+def _attention(machine: Machine, shape: ModelShape, cut: Cut, num_tokens: float, mean_square: float) -> _Block:
     hidden, attention, tensor = shape.hidden_size, shape.attention, cut.tensor
     own_tokens = num_tokens / tensor if cut.sequence_parallel else num_tokens
     heads = attention.num_heads / tensor
@@ -290,12 +309,13 @@ def _attention_parts(machine: Machine, shape: ModelShape, cut: Cut, num_tokens: 
         ring_backward = Seconds(context_parallel=max(2 * one_way - core_backward / 2, 0.2 * one_way))
     parts["core"] = _Part(Seconds(attention=core_forward) + ring_forward, Seconds(attention=core_backward) + ring_backward)
     parts["attention_collectives"] = _gather_and_reduce(machine, shape, cut, num_tokens)
-    return parts
+    return _Block.of(parts)
 
 
-def _mlp_parts(machine: Machine, shape: ModelShape, cut: Cut, num_tokens: float) -> dict[str, _Part]:
+@lru_cache(maxsize=20_000)
+def _mlp(machine: Machine, shape: ModelShape, cut: Cut, num_tokens: float) -> _Block:
     hidden, width, halves = shape.hidden_size, shape.ffn_hidden_size / cut.tensor, 2 if shape.gated else 1
-    return {
+    parts = {
         "mlp": _merge(
             _linear(machine, num_tokens, halves * width, hidden),
             _linear(machine, num_tokens, hidden, width),
@@ -303,9 +323,11 @@ def _mlp_parts(machine: Machine, shape: ModelShape, cut: Cut, num_tokens: float)
         ),
         "activation": _passes(machine, 2 * num_tokens * width * (halves + 1)),
     }
+    return _Block.of(parts)
 
 
-def _expert_parts(machine: Machine, shape: ModelShape, cut: Cut, num_tokens: float) -> dict[str, _Part]:
+@lru_cache(maxsize=20_000)
+def _experts(machine: Machine, shape: ModelShape, cut: Cut, num_tokens: float) -> _Block:
     experts = shape.experts
     assert isinstance(experts, Experts), "a layer with experts belongs to a model with experts"
     hidden, halves = shape.hidden_size, 2 if shape.gated else 1
@@ -336,7 +358,7 @@ def _expert_parts(machine: Machine, shape: ModelShape, cut: Cut, num_tokens: flo
             _passes(machine, 2 * num_tokens * shared * (halves + 1)),
             _gather_and_reduce(machine, shape, cut, num_tokens),
         )
-    return parts
+    return _Block.of(parts)
 
 
 @lru_cache(maxsize=20_000)

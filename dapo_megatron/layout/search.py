@@ -8,6 +8,7 @@ not fit with few tokens does not fit with more.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -21,7 +22,7 @@ from dapo_megatron.layout.memory_records import MemoryOptions, MemoryPlan
 from dapo_megatron.layout.model_shape import ModelShape
 from dapo_megatron.layout.plan import Candidate, Plan, PlanRequest, Rejection
 from dapo_megatron.layout.space import cuts, recompute_choices, release_problem, rule_problem, token_limits
-from dapo_megatron.layout.step_time import step_time
+from dapo_megatron.layout.step_time import StepTime, step_time
 from dapo_megatron.layout.train_time import layer_counts, micro_batches, update_seconds
 
 GIB = 2**30
@@ -41,24 +42,29 @@ def plan(request: PlanRequest) -> Plan:
         else:
             bounded.append((search.bound_seconds(cut), number, cut))
     bounded.sort()
+    fastest: list[float] = []  # minus the seconds of the `top` fastest so far, a heap
     for done, (bound, _, cut) in enumerate(bounded):
-        if done >= MIN_CUTS and (worst := _worst_of_best(candidates, request.top)) is not None and bound > worst:
-            rejections.append(_bounded_out(cut, bound, worst))
+        if done >= MIN_CUTS and len(fastest) == request.top and bound > -fastest[0]:
+            rejections.append(_bounded_out(cut, bound, -fastest[0]))
             continue
         for found in search.of_cut(cut):
-            if isinstance(found, Candidate):
-                candidates.append(found)
-            else:
+            if isinstance(found, Rejection):
                 rejections.append(found)
+                continue
+            candidates.append(found)
+            heapq.heappush(fastest, -found.time.step_seconds)
+            if len(fastest) > request.top:
+                heapq.heappop(fastest)
     candidates.sort(key=lambda candidate: candidate.time.step_seconds)
     best = [replace(candidate, gains=gains_of(request, candidate, search.options)) for candidate in candidates[: request.top]]
     return Plan(request, (*best, *candidates[request.top :]), tuple(rejections), _notes(request))
 
 
-def _worst_of_best(candidates: list[Candidate], top: int) -> float | None:
-    """Seconds of the last of the `top` fastest so far; None while there are fewer."""
-    seconds = sorted(candidate.time.step_seconds for candidate in candidates)
-    return seconds[top - 1] if len(seconds) >= top else None
+def time_of(request: PlanRequest, layout: Layout) -> StepTime:
+    """Time of one layout as it is given, whether it fits or not."""
+    search = _Search.of(request)
+    memory = plan_memory(request.model, layout, request.gpu.memory_bytes, search.options, {0})
+    return search.time(layout, memory.kv_cache_tokens)
 
 
 def _bounded_out(cut: Layout, bound: float, worst: float) -> Rejection:
@@ -138,34 +144,35 @@ class _Search:
         """Memory first, of the stages that can be the fullest; then time, and memory of all stages."""
         request, gpu_bytes = self.request, self.request.gpu.memory_bytes
         memory = plan_memory(request.model, layout, gpu_bytes, self.options, _fullest_stages(request.model, layout))
-        reason = reason_not_fitting(memory, layout, gpu_bytes)
-        if reason is not None:
-            return Rejection(layout, "memory", reason, peak_bytes=memory.peak_bytes)
+        time = self.time(layout, memory.kv_cache_tokens)
+        if reason := reason_not_fitting(memory, layout, gpu_bytes):
+            return Rejection(layout, "memory", reason, peak_bytes=memory.peak_bytes, step_seconds=time.step_seconds)
         host_bytes = request.gpu.host_memory_gib_per_gpu * request.gpus_per_node * GIB
         if memory.host_bytes > host_bytes:
-            return Rejection(layout, "host_memory", _host_reason(memory, host_bytes), peak_bytes=memory.peak_bytes)
-        time = step_time(self.machine, request.model, layout, request.workload, memory.kv_cache_tokens, request.calibration)
+            reason = _host_reason(memory, host_bytes)
+            return Rejection(layout, "host_memory", reason, peak_bytes=memory.peak_bytes, step_seconds=time.step_seconds)
         memory = plan_memory(request.model, layout, gpu_bytes, self.options)
         return Candidate(layout, memory, time, limit_of(memory, time, request.gpu))
+
+    def time(self, layout: Layout, kv_cache_tokens: int | None) -> StepTime:
+        """One rollout step of a layout whose engines hold so many tokens."""
+        request = self.request
+        return step_time(self.machine, request.model, layout, request.workload, kv_cache_tokens, request.calibration)
 
     def _sized(self, layout: Layout, limit: int, recompute: Recompute) -> Layout:
         sized = replace(layout, max_tokens_per_micro_batch=limit, recompute=recompute)
         return replace(sized, num_micro_batches=micro_batches(self.request.workload, sized).num_micro_batches)
 
     def _slower(self, layout: Layout, faster: Candidate) -> Rejection:
-        time = step_time(
-            self.machine,
-            self.request.model,
-            layout,
-            self.request.workload,
-            faster.memory.kv_cache_tokens,
-            self.request.calibration,
-        )
+        time = self.time(layout, faster.memory.kv_cache_tokens)
+        gpu_bytes, model = self.request.gpu.memory_bytes, self.request.model
+        memory = plan_memory(model, layout, gpu_bytes, self.options, _fullest_stages(model, layout))
         loss = time.step_seconds / faster.time.step_seconds - 1
         return Rejection(
             layout,
             "slower",
             f"recompute {layout.recompute} costs {loss:+.1%} of a step, and the same layout fits with recompute {faster.layout.recompute}",
+            peak_bytes=memory.peak_bytes,
             step_seconds=time.step_seconds,
         )
 

@@ -85,9 +85,18 @@ class _Stage:
     parameters: RankParameters
 
 
-def update_seconds(machine: Machine, shape: ModelShape, layout: Layout, batches: MicroBatches) -> UpdateSeconds:
-    """Forward and backward of all micro-batches, and the optimizer step."""
-    stages = _stages(machine, shape, layout, batches)
+def update_seconds(
+    machine: Machine,
+    shape: ModelShape,
+    layout: Layout,
+    batches: MicroBatches,
+    layers: tuple[tuple[range, ...], ...] | None = None,
+) -> UpdateSeconds:
+    """Forward and backward of all micro-batches, and the optimizer step.
+
+    `layers` are layer numbers by [stage][chunk], for a pipeline that is not cut as megatron-core's sizes say.
+    """
+    stages = _stages(machine, shape, layout, batches, layers)
     slowest = max(stages, key=lambda stage: stage.total)
     m = batches.num_micro_batches
     # While the pipeline fills and drains, the slowest stage waits for one micro-batch of every other one, or one chunk of it.
@@ -99,7 +108,7 @@ def update_seconds(machine: Machine, shape: ModelShape, layout: Layout, batches:
         recompute=slowest.recompute * m,
         pipeline_bubble=bubble,
         pipeline_parallel=m * _between_stages(machine, shape, layout, batches, passes=2),
-        data_parallel=_data_parallel(machine, layout, parameters, slowest),
+        data_parallel=_data_parallel(machine, layout, parameters, slowest, m),
         optimizer=_optimizer(machine, layout, parameters),
         held_parameters=parameters.total,
         owned_parameters=_owned(layout, parameters) * (1 - layout.optimizer_offload_fraction),
@@ -113,11 +122,17 @@ def forward_seconds(machine: Machine, shape: ModelShape, layout: Layout, batches
     return batches.num_micro_batches * (max(stages) + _between_stages(machine, shape, layout, batches, passes=1)) + bubble
 
 
-def _stages(machine: Machine, shape: ModelShape, layout: Layout, batches: MicroBatches) -> list[_Stage]:
+def _stages(
+    machine: Machine,
+    shape: ModelShape,
+    layout: Layout,
+    batches: MicroBatches,
+    layers: tuple[tuple[range, ...], ...] | None = None,
+) -> list[_Stage]:
     """One micro-batch on each stage."""
     tokens, last = batches.tokens_per_micro_batch / layout.context_parallel_size, layout.pipeline_parallel_size - 1
     cut, mean_square, recompute, num_chunks = Cut.of(layout), batches.mean_square, layout.recompute, layout.num_chunks
-    counts = layer_counts(shape, layout)
+    counts = layer_counts(shape, layout) if layers is None else _counts_of(shape, layers)
     return [
         _stage(machine, shape, cut, tokens, mean_square, recompute, num_chunks, *count, number == 0, number == last)
         for number, count in enumerate(counts)
@@ -126,14 +141,22 @@ def _stages(machine: Machine, shape: ModelShape, layout: Layout, batches: MicroB
 
 def layer_counts(shape: ModelShape, layout: Layout) -> tuple[tuple[int, int], ...]:
     """[stage]: layers without and with experts."""
-    if not any(shape.moe_layers):
-        return tuple((count, 0) for count in layout.layers_per_stage(shape.num_layers))
-    flags = shape.moe_layers
-    with_experts = [
-        sum(sum(flags[chunk.start : chunk.stop]) for chunk in chunks) for chunks in layout.layers_of(shape.num_layers)
-    ]
-    totals = layout.layers_per_stage(shape.num_layers)
-    return tuple((total - moe, moe) for total, moe in zip(totals, with_experts, strict=True))
+    return _layer_counts(shape.moe_layers, layout.layers_per_stage(shape.num_layers), layout.num_chunks)
+
+
+def _counts_of(shape: ModelShape, layers: tuple[tuple[range, ...], ...]) -> tuple[tuple[int, int], ...]:
+    flags = [[shape.moe_layers[layer] for chunk in chunks for layer in chunk] for chunks in layers]
+    return tuple((len(stage) - sum(stage), sum(stage)) for stage in flags)
+
+
+@lru_cache(maxsize=4096)
+def _layer_counts(has_experts: tuple[bool, ...], per_stage: tuple[int, ...], num_chunks: int) -> tuple[tuple[int, int], ...]:
+    moe, start = [0] * len(per_stage), 0
+    for _ in range(num_chunks):
+        for stage, count in enumerate(per_stage):
+            moe[stage] += sum(has_experts[start : start + count // num_chunks])
+            start += count // num_chunks
+    return tuple((count - with_experts, with_experts) for count, with_experts in zip(per_stage, moe, strict=True))
 
 
 @lru_cache(maxsize=200_000)
@@ -193,21 +216,25 @@ def _held(shape: ModelShape, cut: Cut, num_dense: int, num_moe: int, has_embeddi
         expert_parallel_size=cut.expert,
         expert_tensor_parallel_size=cut.expert_tensor,
     )
-    weights = [weight for weight in layer_weights(shape, False) for _ in range(num_dense)]
-    weights += [weight for weight in layer_weights(shape, True) for _ in range(num_moe)] if num_moe else []
     vocab = shape.padded_vocab_size(cut.tensor)
+    held = RankParameters()
+    for has_experts, count in ((False, num_dense), (True, num_moe)):
+        if count:
+            held += rank_parameters(layer_weights(shape, has_experts), layout) * count
     if has_embedding:
-        weights += embedding_weights(shape, vocab)
+        held += rank_parameters(embedding_weights(shape, vocab), layout)
     if has_head and not (has_embedding and shape.tied):
-        weights += head_weights(shape, vocab)
-    return rank_parameters(weights, layout)
+        held += rank_parameters(head_weights(shape, vocab), layout)
+    return held
 
 
-def _data_parallel(machine: Machine, layout: Layout, parameters: RankParameters, stage: _Stage) -> float:
+def _data_parallel(machine: Machine, layout: Layout, parameters: RankParameters, stage: _Stage, num_micro_batches: int) -> float:
     """Gradients are reduced over all copies of the stage, then bf16 weights gathered (or gradients all-reduced, the same way)."""
     options = machine.options
     dense_copies, expert_copies = layout.data_parallel_size * layout.context_parallel_size, layout.expert_data_parallel_size
     num_bytes = options.grad_bytes + (2 if layout.use_distributed_optimizer else options.grad_bytes)
+    if options.fully_sharded:
+        num_bytes = num_micro_batches * (2 * 2 + options.grad_bytes)
     seconds = machine.collective(num_bytes * parameters.dense, dense_copies, layout.tensor_parallel_size)
     seconds += machine.collective(
         num_bytes * parameters.expert, expert_copies, layout.expert_parallel_size * layout.expert_tensor_parallel_size
@@ -215,7 +242,8 @@ def _data_parallel(machine: Machine, layout: Layout, parameters: RankParameters,
     if not options.overlap_data_parallel:
         return seconds
     # Reduction runs beside one backward pass, gathering beside one forward pass; the first bucket of each is waited for.
-    return max(0.05 * seconds, seconds - stage.total)
+    beside = stage.total * (num_micro_batches if options.fully_sharded else 1)
+    return max(0.05 * seconds, seconds - beside)
 
 
 def _owned(layout: Layout, parameters: RankParameters) -> float:
