@@ -103,7 +103,7 @@ def _rows(file: Path) -> list[Mapping[str, Any]]:
     if not file.is_file():
         raise ConfigError(f"{file.parent} holds no {file.name}; --calibrate takes the folder of a run.")
     steps = {row[STEP_KEY]: row for row in read_metrics(file)}
-    rows = [row for step, row in sorted(steps.items()) if step > NUM_WARM_UP_STEPS]
+    rows: list[Mapping[str, Any]] = [row for step, row in sorted(steps.items()) if step > NUM_WARM_UP_STEPS]
     if not rows:
         raise ConfigError(
             f"{file} has {len(steps)} steps and must have more than {NUM_WARM_UP_STEPS}: the first is not measured; run another step."
