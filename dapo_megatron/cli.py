@@ -65,6 +65,9 @@ def train(
     check: Annotated[
         bool, typer.Option("--check", help="Report every problem that can be known without starting anything, then exit.")
     ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse what will not fit on the GPU that cluster.gpu names, instead of a warning.")
+    ] = False,
     allow_changed: Annotated[
         list[str] | None,
         typer.Option(
@@ -94,7 +97,7 @@ def train(
     files, overrides = split_arguments(arguments)
     if allow_changed:
         overrides.append(f"--checkpoint.allow_changed=[{','.join(allow_changed)}]")
-    raise typer.Exit(run(load_config(files, overrides), check_only=check))
+    raise typer.Exit(run(load_config(files, overrides), check_only=check, strict=strict))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -233,6 +236,9 @@ def submit(
         typer.Option("--site", metavar="FILE", help="Settings below all others. Default: ~/.config/dapo-megatron/slurm.yaml."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the batch script, submit nothing.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse what will not fit on the GPU that cluster.gpu names, instead of a warning.")
+    ] = False,
     follow: Annotated[bool, typer.Option("--follow", help="Then show the log, as `logs` does.")] = False,
 ) -> None:
     """Check a run, write its batch script and hand it to Slurm.
@@ -258,7 +264,7 @@ def submit(
 
     files, overrides = split_arguments(arguments)
     request = Request(files, overrides, array or [], site, dry_run)
-    folder = submit(request, lambda config: run(config, check_only=True), Console())
+    folder = submit(request, lambda config: run(config, check_only=True, strict=strict), Console())
     if follow and folder is not None:
         logs(str(folder))
 
@@ -311,6 +317,168 @@ def cancel(
     from dapo_megatron.launcher.slurm.status import runs_of
 
     cancel(runs_of(target), now=now, console=Console())
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def plan(
+    context: typer.Context,
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG|HF_DIR|CONFIG.JSON|RUN [--PATH VALUE]",
+            help="YAML files of a run, then overrides; or a model, of which config.json alone is read; or a run folder.",
+            show_default=False,
+        ),
+    ],
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", min=1, help="All GPUs. Default: as many as the configuration takes.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="a100-80, h100-80, h200, h20, b200, gb200. Default: cluster.gpu.")
+    ] = None,
+    gpu_file: Annotated[
+        Path | None, typer.Option("--gpu-file", help="GPUs of your own, in the form of dapo_megatron/layout/gpus.yaml.")
+    ] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option("--gpus-per-node", min=1, help="GPUs that share a host. Default: slurm.gpus_per_node, 8.")
+    ] = None,
+    prompts: Annotated[int | None, typer.Option("--prompts", min=1, help="Prompts a rollout step. Default: 512.")] = None,
+    samples: Annotated[int | None, typer.Option("--samples", min=2, help="Samples a prompt. Default: 16.")] = None,
+    updates: Annotated[int | None, typer.Option("--updates", min=1, help="Optimizer steps a rollout step. Default: 16.")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option("--prompt-tokens", min=1, help="Longest prompt. Default: 1024.")] = None,
+    response_tokens: Annotated[
+        int | None, typer.Option("--response-tokens", min=1, help="Longest response. Default: 20480.")
+    ] = None,
+    mean_prompt_tokens: Annotated[
+        float | None, typer.Option("--mean-prompt-tokens", help="Default: a quarter of the longest.")
+    ] = None,
+    mean_response_tokens: Annotated[
+        float | None, typer.Option("--mean-response-tokens", help="Default: a third of the longest.")
+    ] = None,
+    colocated: Annotated[bool, typer.Option("--colocated", help="Engines and actor take turns on the same GPUs.")] = False,
+    rollout_gpus: Annotated[
+        int | None, typer.Option("--rollout-gpus", min=1, help="GPUs of their own for the engines, out of --gpus.")
+    ] = None,
+    everything: Annotated[
+        bool,
+        typer.Option("--all", help="Plan also what this version cannot run: context parallelism, offload, models with experts."),
+    ] = False,
+    top: Annotated[int, typer.Option("--top", min=1, help="Layouts to show.")] = 10,
+    explain: Annotated[
+        str | None, typer.Option("--explain", metavar="tp=4,pp=2", help="One layout, itemised, or why it is not in the plan.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything, every rejection included, as JSON.")] = False,
+    html: Annotated[Path | None, typer.Option("--html", help="Write one self-contained page with figures.")] = None,
+    write: Annotated[Path | None, typer.Option("--write", help="Write the best layout's settings as YAML.")] = None,
+) -> None:
+    """Choose a parallel layout: what fits in memory, how long a step takes, what is best, and why the rest is not.
+
+    Everything of an RL step is planned, training, log-probs, rollout with its KV cache, weight sync and host memory, without a GPU and
+    without weights. Every layout that is left out has a reason.
+
+    **Examples**
+
+    - `dapo-megatron plan models/Qwen2.5-32B --gpus 128 --gpu h100-80`: with the paper's batch and lengths
+    - `dapo-megatron plan run.yaml --gpu h200 --write layout.yaml`, then `dapo-megatron train run.yaml layout.yaml`
+    - `dapo-megatron plan run.yaml --gpu h100-80 --explain tp=4,pp=2`: memory of each stage, time of each part, or what rejects it
+    - `dapo-megatron plan config.json --gpus 64 --gpu b200 --rollout-gpus 16 --html plan.html`: engines on GPUs of their own
+
+    `dapo-megatron probe` measures the best ones. Exit code 1: no layout fits. Exit code 2: this cannot be planned, mend the input.
+    """
+    from dapo_megatron.plan import PlanCommand, run
+
+    files, overrides = split_arguments(arguments)
+    if colocated and rollout_gpus is not None:
+        raise ConfigError(f"--colocated and --rollout-gpus ({rollout_gpus}) exclude each other; remove one.")
+    command = PlanCommand(
+        files=files,
+        overrides=overrides,
+        gpu=gpu,
+        num_gpus=gpus,
+        gpu_file=gpu_file,
+        gpus_per_node=gpus_per_node,
+        sizes={
+            "num_prompts_per_step": prompts,
+            "num_samples_per_prompt": samples,
+            "num_updates_per_rollout": updates,
+            "max_prompt_tokens": prompt_tokens,
+            "max_response_tokens": response_tokens,
+            "mean_prompt_tokens": mean_prompt_tokens,
+            "mean_response_tokens": mean_response_tokens,
+        },
+        colocated=colocated,
+        num_rollout_gpus=rollout_gpus,
+        include_unrunnable=everything,
+        top=top,
+        explain=explain,
+        as_json=as_json,
+        html=html,
+        write=write,
+        options=[name for parameter in context.command.params for name in parameter.opts if name.startswith("--")],
+    )
+    raise typer.Exit(run(command))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def probe(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="CONFIG [--PATH VALUE]", help="YAML files, then overrides.", show_default=False)
+    ],
+    top: Annotated[int, typer.Option("--top", min=1, help="So many of the plan's best layouts.")] = 3,
+    gpu: Annotated[str | None, typer.Option("--gpu", help="What the plan is for, e.g. h100-80. Default: cluster.gpu.")] = None,
+    layout: Annotated[
+        list[str] | None,
+        typer.Option("--layout", metavar="PATH=VALUE,...", help="This layout in place of a plan's; may be repeated."),
+    ] = None,
+    batch: Annotated[
+        Path | None,
+        typer.Option("--batch", metavar="RUN|FILE", help="Lengths of this recorded batch. Default: those a plan expects."),
+    ] = None,
+    copies: Annotated[
+        int | None, typer.Option("--copies", min=1, help="Data-parallel ranks to start. Default: all of the layout.")
+    ] = None,
+    shrink: Annotated[
+        bool | None,
+        typer.Option("--shrink/--no-shrink", help="A narrow random model of the same family. Default: where there is no GPU."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Measure the best layouts of a plan with real ranks, and rank them by what was measured.
+
+    A step's time grows by the same amount with each micro-batch, so optimizer steps of 4 and of 8 full micro-batches say how long any takes.
+    Layouts run one after the other, each with ranks of its own, on this machine or on cluster.ray_address.
+
+    **Examples**
+
+    - `dapo-megatron probe run.yaml --gpu h100-80 --top 3`: the plan's best three for actor.num_ranks
+    - `dapo-megatron probe run.yaml --gpu h100-80 --copies 1`: with one copy of the model each; needs fewer GPUs, leaves out reductions
+    - `dapo-megatron probe run.yaml --layout tensor_parallel_size=2 --layout pipeline_parallel_size=2`: layouts of your own
+    - `dapo-megatron probe run.yaml --gpu h100-80 --batch runs/mine`: with the lengths of a recorded batch
+
+    Exit code 1: a rank died and is named. Exit code 2: a layout cannot run here.
+    """
+    from rich.console import Console
+
+    from dapo_megatron.config.load import load_config
+    from dapo_megatron.launcher.probe import ProbeRequest, probe, recorded_lengths
+    from dapo_megatron.launcher.probe_layouts import expected_lengths, given_layouts, planned_layouts, tokens_per_update
+    from dapo_megatron.train import prepare
+
+    files, overrides = split_arguments(arguments)
+    config = load_config(files, overrides)
+    prepare(config)
+    lengths = expected_lengths(config) if batch is None else recorded_lengths(batch)
+    request = ProbeRequest(
+        files=files,
+        overrides=overrides,
+        layouts=given_layouts(layout) if layout else planned_layouts(config, gpu, top),
+        lengths=lengths,
+        num_tokens_per_update=tokens_per_update(config, lengths),
+        copies=copies,
+        shrink=shrink,
+        as_json=as_json,
+    )
+    raise typer.Exit(probe(request, Console()))
 
 
 @app.command()

@@ -34,12 +34,16 @@ RESTARTABLE = (WorkerDiedError, EngineError, NumericsError)
 logger = logging.getLogger(__name__)
 
 
-def run(config: Config, *, check_only: bool) -> int:
-    """`dapo-megatron train`. Returns the exit code; user errors are raised as DapoMegatronError."""
+def run(config: Config, *, check_only: bool, strict: bool = False) -> int:
+    """`dapo-megatron train`. Returns the exit code; user errors are raised as DapoMegatronError.
+
+    `strict`: a run that will not fit on the GPU of `cluster.gpu` is such an error, not a warning.
+    """
     console = Console()
     prepare(config)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # reward workers are started from this process
     prompts, held_out = check(config)
+    check_fit(config, console, strict=strict)
     print_data_report(console, "data", prompts.report)
     if held_out is not None:
         print_data_report(console, "held out", held_out.report)
@@ -92,6 +96,20 @@ def check(config: Config) -> tuple[PromptSet, PromptSet | None]:
     tokenizer = load_tokenizer(config.model.path)
     held_out = load_prompts(config.eval_data, tokenizer) if config.eval_data else None
     return load_prompts(config.data, tokenizer), held_out
+
+
+def check_fit(config: Config, console: Console, *, strict: bool) -> None:
+    """A warning when the planner finds that the run will not fit on the GPU of `cluster.gpu`; ConfigError with `strict`."""
+    if config.cluster.gpu is None:
+        return
+    from dapo_megatron.layout.from_config import fit_problem
+
+    problem = fit_problem(config, read_hf_config(config.model.path))
+    if problem is None:
+        return
+    if strict:
+        raise ConfigError(problem)
+    console.print(f"warning: {problem}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def needs_sglang(config: Config) -> list[str]:

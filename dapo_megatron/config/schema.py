@@ -390,6 +390,9 @@ class ClusterConfig(Section):
     """Address of a running Ray cluster. None: a local Ray for this run."""
     placement: Literal["colocated", "split"] = "colocated"
     """colocated: engines share the actor's devices and take turns. split: their own."""
+    gpu: str | None = None
+    """Kind of GPU the run gets, as `dapo-megatron plan --gpu` names it (h100-80): what will not fit on it is said before anything
+    starts. None: not checked."""
     startup_deadline_seconds: float = Field(600.0, gt=0)
     """Longest time for ranks and engines to come up."""
     phase_deadline_seconds: float = Field(3600.0, gt=0)

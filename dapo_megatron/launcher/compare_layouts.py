@@ -25,10 +25,10 @@ from dapo_megatron.actor.replayed import Comparison, Replay, Tolerance, compare
 from dapo_megatron.algo.train_batch import cut_optimizer_step
 from dapo_megatron.config.checks import check_layout, read_hf_config
 from dapo_megatron.config.load import load_config
-from dapo_megatron.config.schema import Config
+from dapo_megatron.config.schema import ActorConfig, Config
 from dapo_megatron.launcher.controller import train_batch_rules
 from dapo_megatron.launcher.recorded_batch import RecordedBatch, read_recorded
-from dapo_megatron.models.shrink import shrunk_config, write_random_model
+from dapo_megatron.models.shrink import shrunk_for, write_random_model
 from dapo_megatron.types import ConfigError, TrainBatch, TrainSample
 from dapo_megatron.weights.hf_files import HfFiles
 
@@ -69,7 +69,7 @@ def compare_layouts(request: Request, console: Console) -> int:
     with tempfile.TemporaryDirectory() as folder:
         overrides: list[str] = []
         if shrink:
-            hf_config = _shrunk(original, list(asked.values()))
+            hf_config = shrunk_for(original, [config.actor for config in asked.values()])
             write_random_model(hf_config, Path(folder) / "model", asked["A"].run.seed)
             overrides = [
                 f"--model.path={Path(folder) / 'model'}",
@@ -98,9 +98,16 @@ def _sides(request: Request) -> dict[str, list[str]]:
 
 
 def split_overrides(values: Sequence[str]) -> list[str]:
-    """`a.b=1,c.d=2`, given once or several times, as override tokens; a comma inside a value stays."""
+    """`a.b=1,c.d=2`, given once or several times, as override tokens; a comma inside a value stays.
+
+    A bare name that the section `actor` has is that one: a layout is the actor's.
+    """
     parts = [part.strip() for value in values for part in re.split(r",(?=\s*[A-Za-z_][\w.]*=)", value)]
-    return [part if part.startswith("--") else f"--{part}" for part in parts]
+    return [f"--{_actors(part.removeprefix('--'))}" for part in parts]
+
+
+def _actors(part: str) -> str:
+    return f"actor.{part}" if part.partition("=")[0] in ActorConfig.model_fields else part
 
 
 def _load(request: Request, side: Sequence[str], shared: Sequence[str]) -> Config:
@@ -124,18 +131,6 @@ def _require_possible(configs: dict[str, Config], hf_config: dict) -> None:
             )
     if problems:
         raise ConfigError(problems)
-
-
-def _shrunk(hf_config: dict, configs: Sequence[Config]) -> dict:
-    """Few layers that both pipelines divide; all of them where the stages are uneven."""
-    actors = [config.actor for config in configs]
-    uneven = any(a.num_layers_in_first_pipeline_stage or a.num_layers_in_last_pipeline_stage for a in actors)
-    chunks = math.lcm(*(a.pipeline_parallel_size * (a.virtual_pipeline_size or 1) for a in actors))
-    return shrunk_config(
-        hf_config,
-        num_layers=hf_config["num_hidden_layers"] if uneven else max(chunks, 2),
-        tensor_parallel_size=math.lcm(*(a.tensor_parallel_size for a in actors)),
-    )
 
 
 def _batch(request: Request, config: Config, vocab_size: int) -> RecordedBatch:

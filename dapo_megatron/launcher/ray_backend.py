@@ -24,6 +24,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayT
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from dapo_megatron.actor.probed import Probed
 from dapo_megatron.actor.replayed import Replay
 from dapo_megatron.config.fields import either
 from dapo_megatron.config.schema import Config, HfEngineConfig, SglangEngineConfig
@@ -83,6 +84,11 @@ class RankProcess:
         from dapo_megatron.actor.replay import replay
 
         return replay(self._worker, batch, rollout_step)
+
+    def probe(self, batch: TrainBatch, rollout_step: int) -> Probed:
+        from dapo_megatron.actor.probe import probe
+
+        return probe(self._worker, batch, rollout_step)
 
     def send_weights(self, version: int) -> Iterator[WeightBucket | WeightManifest]:
         yield from self._worker.send_weights(version)
@@ -183,6 +189,10 @@ class RayActor:
     async def replay(self, batch: TrainBatch, rollout_step: int) -> Replay:
         """Train on the batch and bring back what no layout may change."""
         return (await self._on_shares("replay", batch, rollout_step))[0]
+
+    async def probe(self, batch: TrainBatch, rollout_step: int) -> list[Probed]:
+        """Time the optimizer steps of the batch but the first, which warms up; what each rank measured."""
+        return await self._on_shares("probe", batch, rollout_step)
 
     async def send_weights(self, version: int) -> AsyncIterator[Any]:
         """References to weight messages in the object store, rank 0's; the other ranks feed it."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from dapo_megatron.config.schema import ActorConfig
 from dapo_megatron.types import MappingError
 from dapo_megatron.weights.families import with_defaults
 from dapo_megatron.weights.families.dense import dense_sizes
@@ -39,6 +40,17 @@ def shrunk_config(hf_config: Mapping[str, Any], *, num_layers: int, tensor_paral
         "vocab_size": 64 * tensor_parallel_size + sizes["v"] % tensor_parallel_size,
         "torch_dtype": "float32",
     }
+
+
+def shrunk_for(hf_config: Mapping[str, Any], actors: Sequence[ActorConfig]) -> dict[str, Any]:
+    """As few narrow layers as all these layouts can divide; all layers where pipeline stages are uneven."""
+    uneven = any(a.num_layers_in_first_pipeline_stage or a.num_layers_in_last_pipeline_stage for a in actors)
+    chunks = math.lcm(*(a.pipeline_parallel_size * (a.virtual_pipeline_size or 1) for a in actors))
+    return shrunk_config(
+        hf_config,
+        num_layers=hf_config["num_hidden_layers"] if uneven else max(chunks, 2),
+        tensor_parallel_size=math.lcm(*(a.tensor_parallel_size for a in actors)),
+    )
 
 
 def write_random_model(hf_config: Mapping[str, Any], directory: Path, seed: int) -> None:

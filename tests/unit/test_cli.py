@@ -20,7 +20,7 @@ def runs(monkeypatch) -> list[tuple[Config, bool]]:
     """What `train.run` was called with."""
     calls: list[tuple[Config, bool]] = []
 
-    def run(config: Config, *, check_only: bool) -> int:
+    def run(config: Config, *, check_only: bool, strict: bool) -> int:
         calls.append((config, check_only))
         return 0
 
@@ -90,7 +90,7 @@ def test_config_problems_are_all_printed_without_traceback(monkeypatch, runs, co
     ],
 )
 def test_exit_code_tells_bad_input_from_a_failed_run(monkeypatch, runs, config_file, capsys, error, code):
-    def run(config: Config, *, check_only: bool) -> int:
+    def run(config: Config, *, check_only: bool, strict: bool) -> int:
         raise error
 
     monkeypatch.setattr(sys.modules["dapo_megatron.train"], "run", run)
@@ -100,12 +100,12 @@ def test_exit_code_tells_bad_input_from_a_failed_run(monkeypatch, runs, config_f
 
 
 def test_exit_code_of_the_run_is_passed_on(monkeypatch, runs, config_file):
-    monkeypatch.setattr(sys.modules["dapo_megatron.train"], "run", lambda config, *, check_only: 3)
+    monkeypatch.setattr(sys.modules["dapo_megatron.train"], "run", lambda config, **_: 3)
     assert call(monkeypatch, "train", config_file) == 3
 
 
 def test_bug_keeps_its_traceback(monkeypatch, runs, config_file):
-    def run(config: Config, *, check_only: bool) -> int:
+    def run(config: Config, *, check_only: bool, strict: bool) -> int:
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(sys.modules["dapo_megatron.train"], "run", run)

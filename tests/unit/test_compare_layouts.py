@@ -72,12 +72,20 @@ def test_nan_is_a_disagreement_and_the_worst():
 def test_overrides_may_be_repeated_or_joined_by_commas():
     assert split_overrides(["actor.tensor_parallel_size=2,sequence_parallel=true", "--model.dtype=bf16"]) == [
         "--actor.tensor_parallel_size=2",
-        "--sequence_parallel=true",
+        "--actor.sequence_parallel=true",
         "--model.dtype=bf16",
     ]
     assert split_overrides(["actor.optimizer={lr: 1e-3, eps: 1e-6},seed=1"]) == [
         "--actor.optimizer={lr: 1e-3, eps: 1e-6}",
         "--seed=1",
+    ]
+
+
+def test_a_bare_name_of_an_override_is_the_actors():
+    assert split_overrides(["tensor_parallel_size=2,seed=1,optimizer={lr: 1}"]) == [
+        "--actor.tensor_parallel_size=2",
+        "--seed=1",
+        "--actor.optimizer={lr: 1}",
     ]
 
 

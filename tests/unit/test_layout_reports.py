@@ -1,0 +1,134 @@
+"""Layouts as settings and back, what --explain means, and how a plan is told on a terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from dapo_megatron.config.load import load_config
+from dapo_megatron.config.schema import Config
+from dapo_megatron.layout.explain import matching, parse_sizes
+from dapo_megatron.layout.from_config import fit_problem, layout_of, request_of, workload_of
+from dapo_megatron.layout.hardware import gpu_named
+from dapo_megatron.layout.layout import EngineLayout, Layout, Recompute
+from dapo_megatron.layout.plan import PlanRequest
+from dapo_megatron.layout.report_figures import wrapped
+from dapo_megatron.layout.report_yaml import actor_overrides, yaml_of
+from dapo_megatron.train import check_fit
+from dapo_megatron.types import ConfigError
+from tests.published_configs import QWEN2_5_32B
+
+BASE = {"model": {"path": "m"}, "data": {"path": "d", "max_prompt_tokens": 2048}}
+LAYOUTS = [
+    Layout(),
+    Layout(tensor_parallel_size=8, data_parallel_size=2, sequence_parallel=True, max_tokens_per_micro_batch=24576),
+    Layout(pipeline_parallel_size=4, virtual_pipeline_size=2, data_parallel_size=3, recompute=Recompute("full")),
+    Layout(pipeline_parallel_size=2, num_layers_in_first_pipeline_stage=33, num_layers_in_last_pipeline_stage=31),
+    Layout(expert_parallel_size=4, data_parallel_size=4, recompute=Recompute("selective", frozenset({"core_attn"}))),
+    Layout(recompute=Recompute("selective", frozenset({"layernorm", "mlp"})), use_distributed_optimizer=False),
+    Layout(recompute=Recompute("full", method="block", num_layers=3), log_prob_chunk_tokens=512),
+    Layout(data_parallel_size=8, swap_optimizer=True, swap_parameters=True, engine=EngineLayout(4, 2, 0.8)),
+    Layout(data_parallel_size=8, engine=EngineLayout(2, 4, 0.9, colocated=False)),
+]
+
+
+def request(gpu: str = "h100-80") -> PlanRequest:
+    return replace(request_of(config_of({}), QWEN2_5_32B, gpu_named(gpu)), num_gpus=64)
+
+
+def config_of(tree: dict[str, Any]) -> Config:
+    return Config.model_validate(BASE | tree)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_layout_comes_back_from_the_settings_written_for_it(layout: Layout, tmp_path: Path):
+    base, file = tmp_path / "base.yaml", tmp_path / "layout.yaml"
+    base.write_text(yaml.safe_dump(BASE | {"actor": {"recompute": "full", "offload": True, "pipeline_parallel_size": 16}}))
+    file.write_text(yaml_of(layout, request(), comments=("a layout",)))
+    found = layout_of(load_config([base, file]))
+    assert replace(found, num_micro_batches=1) == layout
+    assert layout_of(load_config([base], actor_overrides(layout))).tensor_parallel_size == layout.tensor_parallel_size
+
+
+def test_number_of_micro_batches_is_that_of_mean_lengths():
+    config = config_of(
+        {"actor": {"num_ranks": 4, "max_tokens_per_micro_batch": 32768}, "rollout": {"max_response_tokens": 18432}}
+    )
+    tokens = 512 * 16 / 16 * (2048 / 4 + 18432 / 3)
+    assert layout_of(config).num_micro_batches >= tokens / (4 * 32768)
+
+
+def test_workload_is_the_runs_own():
+    config = config_of(
+        {"train": {"num_prompts_per_step": 64, "rollout_lag": 1}, "algo": {"dynamic_sampling": False, "old_log_probs": "engine"}}
+    )
+    workload = workload_of(config)
+    assert (workload.num_prompts_per_step, workload.max_prompt_tokens, workload.rollout_lag) == (64, 2048, 1)
+    assert workload.over_sampling == 1 and not workload.has_old_log_probs_pass
+
+
+def test_engines_that_run_elsewhere_take_no_gpus():
+    engine = {"type": "sglang", "engine_urls": ["http://a:1"]}
+    config = config_of({"rollout": {"engine": engine}, "cluster": {"placement": "split"}})
+    assert layout_of(config).engine is None
+    assert request_of(config, QWEN2_5_32B, gpu_named("h200")).num_gpus == 1
+
+
+def test_split_engines_come_on_top_of_the_actors_gpus():
+    tree = {
+        "rollout": {"engine": {"type": "sglang", "tensor_parallel_size": 4}, "num_engines": 2},
+        "cluster": {"placement": "split"},
+    }
+    asked = request_of(config_of(tree | {"actor": {"num_ranks": 8}}), QWEN2_5_32B, gpu_named("h200"))
+    assert (asked.num_gpus, asked.num_rollout_gpus, asked.num_actor_gpus) == (16, 8, 8)
+
+
+def test_run_that_does_not_fit_is_named_with_numbers():
+    problem = fit_problem(config_of({"cluster": {"gpu": "h100-80"}, "actor": {"num_ranks": 8}}), QWEN2_5_32B)
+    assert problem is not None and problem.startswith("this run will not fit on h100-80: ") and "of 85.5 GB" in problem
+
+
+def test_run_that_fits_or_whose_gpu_is_unknown_is_not():
+    fits = {
+        "num_ranks": 64,
+        "tensor_parallel_size": 8,
+        "pipeline_parallel_size": 2,
+        "sequence_parallel": True,
+        "recompute": "full",
+    }
+    config = config_of({"cluster": {"gpu": "h200"}, "actor": fits | {"max_tokens_per_micro_batch": 24576}})
+    assert fit_problem(config, QWEN2_5_32B) is None
+    assert fit_problem(config_of({}), QWEN2_5_32B) is None
+
+
+def test_unknown_gpu_of_a_configuration_is_called_by_its_setting():
+    with pytest.raises(ConfigError, match=r"^cluster\.gpu \(h10-80\) must be one of .* did you mean h100-80"):
+        fit_problem(config_of({"cluster": {"gpu": "h10-80"}}), QWEN2_5_32B)
+
+
+def test_check_warns_of_a_run_that_will_not_fit_and_refuses_it_when_strict(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2_5_32B))
+    config = config_of({"model": {"path": tmp_path}, "cluster": {"gpu": "h100-80"}})
+    console = Console(record=True, width=400, file=io.StringIO())
+    check_fit(config, console, strict=False)
+    assert console.export_text().startswith("warning: this run will not fit on h100-80: ")
+    with pytest.raises(ConfigError, match="this run will not fit on h100-80"):
+        check_fit(config, console, strict=True)
+
+
+def test_explained_sizes_pick_layouts():
+    layout = LAYOUTS[2]
+    assert matching(layout, parse_sizes("pp=4, vpp=2,dp=3,recompute=full"))
+    assert not matching(layout, parse_sizes("pp=4,tp=2"))
+    assert matching(LAYOUTS[7], parse_sizes("engine_tp=4")) and matching(layout, parse_sizes("engine_tp=none"))
+
+
+def test_hover_texts_are_broken_into_lines():
+    assert wrapped("aa bb cc", width=6) == "aa bb<br>cc"
