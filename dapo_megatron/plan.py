@@ -24,12 +24,14 @@ from dapo_megatron.layout.plan import Candidate, Plan, PlanRequest
 from dapo_megatron.layout.report import (
     NARROWEST,
     families,
+    gb,
     nearest_first,
     print_candidate,
     print_plan,
     print_rejections,
     print_settings,
     say,
+    train_peak_bytes,
 )
 from dapo_megatron.layout.report_yaml import settings_of, yaml_of
 from dapo_megatron.layout.search import plan
@@ -286,7 +288,7 @@ def _write(file: Path, found: Plan) -> None:
     best, request = found.candidates[0], found.request
     comments = (
         f"{best.layout} for {request.model_name} on {request.num_gpus} x {request.gpu.name}, by dapo-megatron plan:",
-        f"{best.time.step_seconds:.0f} s a rollout step, {best.memory.peak_bytes / 1e9:.1f} GB on the fullest GPU.",
+        f"{best.time.step_seconds:.0f} s a rollout step, {gb(train_peak_bytes(best))} GB on the fullest GPU in training.",
     )
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml_of(best.layout, request, comments), encoding="utf-8")

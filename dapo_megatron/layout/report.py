@@ -25,9 +25,9 @@ KIND_WORDS: dict[RejectionKind, str] = {
     "host_memory": "host memory is too small",
     "rule": "a rule of megatron-core or of the configuration",
     "release": "this version cannot run it",
-    "slower": "fits, another one is faster in every respect",
+    "slower": "slower than another of the same cut, or than those shown",
 }
-NARROWEST = 108
+NARROWEST = 112
 """Characters that the table of layouts needs: a narrower terminal breaks its lines, a pipe gets all of it."""
 NUM_REASONS = 2
 """Examples per kind of rejection."""
@@ -148,6 +148,11 @@ def nearest_first(rejections: Sequence[Rejection]) -> list[Rejection]:
     return sorted(rejections, key=key)
 
 
+def train_peak_bytes(candidate: Candidate) -> int:
+    """Of the fullest GPU while it trains: in the rollout the KV cache fills whatever there is."""
+    return max(phase.total_bytes for stage in candidate.memory.stages for phase in stage.phases if phase.phase == "train")
+
+
 def gb(num_bytes: float) -> str:
     """Decimal gigabytes, as cards are sold."""
     return f"{num_bytes / 1e9:.1f}"
@@ -162,7 +167,7 @@ def kinds(plan: Plan) -> dict[RejectionKind, int]:
 
 
 def _table(plan: Plan, best: Sequence[Family]) -> Table:
-    numbers = ("GB", "step s", "rollout", "train", "tok/s/GPU", "MFU")
+    numbers = ("train GB", "step s", "rollout", "train", "tok/s/GPU", "MFU")
     table = Table(
         "",
         Column("layout", no_wrap=True),
@@ -183,7 +188,7 @@ def _table(plan: Plan, best: Sequence[Family]) -> Table:
             str(layout.max_tokens_per_micro_batch),
             saved(layout),
             "" if layout.engine is None else f"{layout.engine.num_engines} x TP{layout.engine.tensor_parallel_size}",
-            gb(candidate.memory.peak_bytes),
+            gb(train_peak_bytes(candidate)),
             f"{time.step_seconds:.0f}",
             f"{time.phase_seconds('rollout'):.0f}",
             f"{train:.0f}",

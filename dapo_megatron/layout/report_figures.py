@@ -8,8 +8,11 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 from plotly.colors import qualitative
 
+from dapo_megatron.layout.layout import Layout
+from dapo_megatron.layout.memory import train_allocated_bytes, with_margin
+from dapo_megatron.layout.memory_records import MemoryOptions
 from dapo_megatron.layout.plan import Candidate, Plan, Rejection
-from dapo_megatron.layout.report import KIND_WORDS, PHASE_WORDS, describe, gb, saved
+from dapo_megatron.layout.report import KIND_WORDS, PHASE_WORDS, describe, gb, saved, train_peak_bytes
 from dapo_megatron.layout.step_time import PHASES, Phase
 
 COLORS = (*qualitative.T10, *qualitative.Pastel, *qualitative.Dark2)
@@ -22,7 +25,9 @@ PHASE_COLORS: dict[Phase, tuple[str, ...]] = {
     "sync": ("#54278f", "#756bb1", "#9e9ac8", "#cbc9e2", "#dadaeb"),
 }
 """From the first part of a phase on."""
-TICKS = [digit * 10**power for power in range(-1, 6) for digit in (1, 2, 5)]
+LINEAR_RATIO = 5
+"""Of the slowest layout to the fastest: above it the axis of time is logarithmic."""
+TICKS = [digit * 10**power for power in range(-1, 6) for digit in (1, 1.5, 2, 3, 4, 5, 6, 8)]
 """Of logarithmic axes."""
 FONT = {"family": "system-ui, sans-serif", "size": 13}
 
@@ -112,13 +117,18 @@ def time_figure(candidates: Sequence[Candidate]) -> go.Figure:
 
 
 def space_figure(plan: Plan) -> go.Figure:
-    """Memory against time of every layout for which both are known; the reason on hover."""
+    """Memory in training against time of every layout whose time is known; the reason on hover."""
     figure = go.Figure()
+    model, options = plan.request.model, MemoryOptions(gpus_per_node=plan.request.gpus_per_node)
+
+    def train_gb(layout: Layout) -> float:
+        return with_margin(max(train_allocated_bytes(model, layout, options)), layout) / 1e9
+
     for kind, words in KIND_WORDS.items():
-        found = [r for r in plan.rejections if r.kind == kind and r.peak_bytes is not None and r.step_seconds is not None]
+        found = [r for r in plan.rejections if r.kind == kind and r.step_seconds is not None]
         if found:
             figure.add_scatter(
-                x=[(rejection.peak_bytes or 0) / 1e9 for rejection in found],
+                x=[train_gb(rejection.layout) for rejection in found],
                 y=[rejection.step_seconds for rejection in found],
                 mode="markers",
                 name=f"{words} ({len(found):,})",
@@ -127,7 +137,7 @@ def space_figure(plan: Plan) -> go.Figure:
                 hovertemplate="%{text}<extra></extra>",
             )
     figure.add_scatter(
-        x=[candidate.memory.peak_bytes / 1e9 for candidate in plan.candidates],
+        x=[train_gb(candidate.layout) for candidate in plan.candidates],
         y=[candidate.time.step_seconds for candidate in plan.candidates],
         mode="markers",
         name=f"fits ({len(plan.candidates):,})",
@@ -142,18 +152,20 @@ def space_figure(plan: Plan) -> go.Figure:
     )
     figure.update_layout(
         _style(560),
-        xaxis_title="GB at the peak of the fullest GPU",
+        xaxis_title="GB in training on the fullest GPU",
         yaxis_title="seconds of a rollout step",
         legend={"orientation": "h", "y": -0.12},
     )
     figure.update_xaxes(type="log", tickvals=TICKS, ticktext=[f"{tick:g}" for tick in TICKS])
-    figure.update_yaxes(type="log", tickvals=TICKS, ticktext=[f"{tick:g}" for tick in TICKS])
+    seconds = [value for trace in figure.data for value in trace.y]
+    if seconds and max(seconds) > LINEAR_RATIO * min(seconds):
+        figure.update_yaxes(type="log", tickvals=TICKS, ticktext=[f"{tick:g}" for tick in TICKS])
     return figure
 
 
 def _fits(place: int, candidate: Candidate) -> str:
     return (
-        f"<b>{place}. {describe(candidate.layout)}</b><br>{gb(candidate.memory.peak_bytes)} GB, "
+        f"<b>{place}. {describe(candidate.layout)}</b><br>{gb(train_peak_bytes(candidate))} GB in training, "
         f"{candidate.time.step_seconds:.0f} s<br>limited by {candidate.limit}"
     )
 

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from dapo_megatron.layout.plan import Plan
-from dapo_megatron.layout.report import KIND_WORDS, describe, families, gb, heading, kinds, nearest_first, saved
+from dapo_megatron.layout.report import KIND_WORDS, describe, families, gb, heading, kinds, nearest_first, saved, train_peak_bytes
 from dapo_megatron.layout.report_figures import memory_figure, space_figure, time_figure
 from dapo_megatron.layout.report_yaml import yaml_of
 
@@ -50,6 +50,7 @@ def page(plan: Plan, top: int) -> str:
         describe=describe,
         gb=gb,
         saved=saved,
+        train_peak_bytes=train_peak_bytes,
         plotly=Markup(get_plotlyjs()),
         figures={
             name: Markup(figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config={"displayModeBar": False}))
