@@ -23,7 +23,7 @@ from dapo_megatron.layout.model_shape import ModelShape
 from dapo_megatron.layout.plan import Candidate, Plan, PlanRequest
 from dapo_megatron.layout.report import (
     NARROWEST,
-    families,
+    best_of_cuts,
     gb,
     nearest_first,
     print_candidate,
@@ -179,7 +179,7 @@ def as_dict(found: Plan, top: int) -> dict[str, Any]:
         "num_layouts": found.num_enumerated,
         "num_fitting": len(found.candidates),
         "notes": found.notes,
-        "layouts": [_candidate(family.best, found.request) for family in families(found.candidates)[:top]],
+        "layouts": [_candidate(candidate, found.request) for candidate in best_of_cuts(found.candidates)[:top]],
         "rejections": [{**asdict(rejection), "layout": str(rejection.layout)} for rejection in found.rejections],
     }
 

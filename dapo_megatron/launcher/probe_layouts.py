@@ -12,7 +12,7 @@ from dapo_megatron.launcher.probe_batch import ProbeLengths
 from dapo_megatron.layout.from_config import gpu_of, request_of, workload_of
 from dapo_megatron.layout.hardware import gpu_named
 from dapo_megatron.layout.plan import Candidate
-from dapo_megatron.layout.report import describe, families
+from dapo_megatron.layout.report import best_of_cuts, describe
 from dapo_megatron.layout.report_yaml import actor_overrides
 from dapo_megatron.layout.search import plan
 from dapo_megatron.types import ConfigError
@@ -31,7 +31,7 @@ def planned_layouts(config: Config, gpu: str | None, top: int) -> list[PlannedLa
             "--gpu is missing: a plan chooses what to probe, and needs it or cluster.gpu; or name layouts yourself with --layout."
         )
     found = plan(request_of(config, read_hf_config(config.model.path), kind))
-    layouts = [_planned(family.best) for family in families(found.candidates)[:top]]
+    layouts = [_planned(candidate) for candidate in best_of_cuts(found.candidates)[:top]]
     if not layouts:
         raise ConfigError(
             f"no layout of {config.model.path} fits on {found.request.num_actor_gpus} x {kind.name}; see `dapo-megatron plan`, or name "

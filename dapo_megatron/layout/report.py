@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -27,18 +26,10 @@ KIND_WORDS: dict[RejectionKind, str] = {
     "release": "this version cannot run it",
     "slower": "slower than another of the same cut, or than those shown",
 }
-NARROWEST = 112
+NARROWEST = 116
 """Characters that the table of layouts needs: a narrower terminal breaks its lines, a pipe gets all of it."""
 NUM_REASONS = 2
 """Examples per kind of rejection."""
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """All layouts that cut the model alike: the fastest of them, and how many there are."""
-
-    best: Candidate
-    num_members: int
 
 
 def print_plan(plan: Plan, top: int, console: Console) -> None:
@@ -47,11 +38,11 @@ def print_plan(plan: Plan, top: int, console: Console) -> None:
     for note in plan.notes:
         say(console, f"note: {note}", style="dim")
     if plan.candidates:
-        best = families(plan.candidates)[:top]
+        best = best_of_cuts(plan.candidates)[:top]
         console.print(_table(plan, best))
-        for place, family in enumerate(best, 1):
-            alike = f"; {family.num_members - 1} more of this cut" if family.num_members > 1 else ""
-            say(console, f"{place:3}  limited by {family.best.limit}{alike}", style="dim")
+        say(console, "limited by", style="dim")
+        for place, candidate in enumerate(best, 1):
+            say(console, f"{place}: {candidate.limit}", style="dim", indent=1)
         _print_gains(plan.candidates[0], console)
     else:
         say(console, "No layout fits.", style="bold red")
@@ -60,9 +51,11 @@ def print_plan(plan: Plan, top: int, console: Console) -> None:
 
 def print_settings(candidate: Candidate, request: PlanRequest, submit: str, console: Console) -> None:
     """The YAML of a layout, ready to paste, and the command that starts it."""
-    say(console, f"\nSettings of {candidate.layout}:", style="bold")
+    console.print()
+    say(console, f"Settings of {candidate.layout}:", style="bold")
     console.print(Padding(Text(yaml_of(candidate.layout, request).rstrip(), style="cyan"), (0, 0, 0, 2)))
-    say(console, f"\n{submit}", style="green")
+    console.print()
+    console.print(submit, style="green", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_candidate(plan: Plan, candidate: Candidate, console: Console) -> None:
@@ -94,9 +87,9 @@ def print_rejections(rejections: Sequence[Rejection], console: Console) -> None:
         say(console, f"{describe(rejection.layout)}: {rejection.reason}", style="yellow")
 
 
-def say(console: Console, text: str, style: str | None = None) -> None:
-    """A line of text as it is, however wide."""
-    console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+def say(console: Console, text: str, style: str | None = None, *, indent: int = 0) -> None:
+    """A paragraph as it is, wrapped at the console's width."""
+    console.print(Padding(Text(text), (0, 0, 0, indent)), style=style, highlight=False, markup=False)
 
 
 def heading(request: PlanRequest) -> str:
@@ -118,24 +111,25 @@ def describe(layout: Layout) -> str:
 
 def saved(layout: Layout) -> str:
     """What a layout does to need less memory."""
-    offload = {(True, True): " + offload", (True, False): " + optimizer offload", (False, True): " + parameter offload"}
-    cpu_adam = f" + {layout.optimizer_offload_fraction:.0%} CPU Adam" if layout.optimizer_offload_fraction else ""
+    offload = {(True, True): ", offload", (True, False): ", optimizer offload", (False, True): ", parameter offload"}
+    cpu_adam = f", {layout.optimizer_offload_fraction:.0%} CPU Adam" if layout.optimizer_offload_fraction else ""
     return f"{layout.recompute}{offload.get((layout.swap_optimizer, layout.swap_parameters), '')}{cpu_adam}"
 
 
-def families(candidates: Sequence[Candidate]) -> list[Family]:
-    """The candidates by how they cut the model; the fastest of each cut, fastest first, stands for it."""
-    found: dict[tuple[int, ...], list[Candidate]] = defaultdict(list)
+def best_of_cuts(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The fastest candidate of each way to cut the model, fastest first."""
+    found: dict[tuple[int, ...], Candidate] = {}
     for candidate in candidates:
         layout = candidate.layout
-        found[
+        cut = (
             layout.tensor_parallel_size,
             layout.pipeline_parallel_size,
             layout.context_parallel_size,
             layout.expert_parallel_size,
             layout.expert_tensor_parallel_size,
-        ].append(candidate)
-    return [Family(members[0], len(members)) for members in found.values()]
+        )
+        found.setdefault(cut, candidate)
+    return list(found.values())
 
 
 def nearest_first(rejections: Sequence[Rejection]) -> list[Rejection]:
@@ -166,21 +160,21 @@ def kinds(plan: Plan) -> dict[RejectionKind, int]:
     return dict(counts.most_common())
 
 
-def _table(plan: Plan, best: Sequence[Family]) -> Table:
+def _table(plan: Plan, best: Sequence[Candidate]) -> Table:
     numbers = ("train GB", "step s", "rollout", "train", "tok/s/GPU", "MFU")
     table = Table(
         "",
         Column("layout", no_wrap=True),
         Column("tokens", justify="right", no_wrap=True),
-        "recompute",
+        Column("recompute", no_wrap=True),
         Column("engines", no_wrap=True),
         *(Column(name, justify="right", no_wrap=True) for name in numbers),
         title=f"{len(plan.candidates):,} of {plan.num_enumerated:,} layouts fit; the best of each cut of the model",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    for place, family in enumerate(best, 1):
-        candidate, layout, time = family.best, family.best.layout, family.best.time
+    for place, candidate in enumerate(best, 1):
+        layout, time = candidate.layout, candidate.time
         train = time.phase_seconds("train") + time.phase_seconds("log_probs")
         table.add_row(
             str(place),
@@ -208,14 +202,16 @@ def _print_rejections(plan: Plan, console: Console) -> None:
     counts = kinds(plan)
     if not counts:
         return
-    say(console, f"\n{sum(counts.values()):,} layouts rejected:", style="bold")
+    console.print()
+    say(console, f"{sum(counts.values()):,} layouts rejected:", style="bold")
     reasons: dict[RejectionKind, list[Rejection]] = defaultdict(list)
     for rejection in plan.rejections:
         reasons[rejection.kind].append(rejection)
     for kind, count in counts.items():
         say(console, f"{count:8,}  {KIND_WORDS[kind]}")
-        for rejection in nearest_first(reasons[kind])[:NUM_REASONS]:
-            say(console, f"          {describe(rejection.layout)}: {rejection.reason}", style="dim")
+        distinct = {rejection.reason: rejection for rejection in reversed(nearest_first(reasons[kind]))}
+        for reason, rejection in list(reversed(distinct.items()))[:NUM_REASONS]:
+            say(console, f"{describe(rejection.layout)}: {reason}", style="dim", indent=10)
 
 
 def _distinct_stages(stages: Sequence[StageMemory]) -> list[tuple[str, StageMemory]]:

@@ -9,7 +9,17 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from dapo_megatron.layout.plan import Plan
-from dapo_megatron.layout.report import KIND_WORDS, describe, families, gb, heading, kinds, nearest_first, saved, train_peak_bytes
+from dapo_megatron.layout.report import (
+    KIND_WORDS,
+    best_of_cuts,
+    describe,
+    gb,
+    heading,
+    kinds,
+    nearest_first,
+    saved,
+    train_peak_bytes,
+)
 from dapo_megatron.layout.report_figures import memory_figure, space_figure, time_figure
 from dapo_megatron.layout.report_yaml import yaml_of
 
@@ -25,7 +35,7 @@ def write_html(plan: Plan, top: int, file: Path) -> None:
 
 def page(plan: Plan, top: int) -> str:
     """The text of the page."""
-    best = [family.best for family in families(plan.candidates)[:top]]
+    best = best_of_cuts(plan.candidates)[:top]
     figures = {"space": space_figure(plan)}
     if best:
         figures = {"memory": memory_figure(plan, best), "time": time_figure(best)} | figures
