@@ -235,7 +235,11 @@ def submit(
         Path | None,
         typer.Option("--site", metavar="FILE", help="Settings below all others. Default: ~/.config/dapo-megatron/slurm.yaml."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the batch script, submit nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the batch script, write and submit nothing.")] = False,
+    write_only: Annotated[
+        bool,
+        typer.Option("--write-only", help="Write script and settings into the run folder, print the command to submit them."),
+    ] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse what will not fit on the GPU that cluster.gpu names, instead of a warning.")
     ] = False,
@@ -246,13 +250,13 @@ def submit(
     Everything that `train --check` finds is found here, and what the partition, the run folder and its disk cannot give. The job saves
     before its time limit, puts itself back into the queue and goes on where it was. Any setting of the section `slurm` is an option:
 
-    `--nodes 16 --gpus-per-node 8 --time 24:00:00 --partition P --account A --qos Q --container IMAGE --max-restarts N` and what
-    `dapo-megatron config slurm` lists.
+    `--nodes 16 --gpus-per-node 8 --time 24:00:00 --partition P --account A --qos Q --container IMAGE` and what `dapo-megatron config
+    slurm` lists.
 
     **Examples**
 
     - `dapo-megatron submit run.yaml --nodes 4 --time 12:00:00`
-    - `dapo-megatron submit run.yaml --dry-run > mine.sbatch`: a script of your own
+    - `dapo-megatron submit run.yaml --write-only`: a script to change and to submit by hand
     - `dapo-megatron submit run.yaml --array actor.optimizer.lr=1e-6,2e-6,4e-6`
 
     Exit code 2: nothing was submitted, mend the input. Exit code 1: Slurm refused.
@@ -263,7 +267,7 @@ def submit(
     from dapo_megatron.train import run
 
     files, overrides = split_arguments(arguments)
-    request = Request(files, overrides, array or [], site, dry_run)
+    request = Request(files, overrides, array or [], site, dry_run, write_only)
     folder = submit(request, lambda config: run(config, check_only=True, strict=strict), Console())
     if follow and folder is not None:
         logs(str(folder))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
-from dapo_megatron.launcher.slurm.submit import Request, plan_job
+from dapo_megatron.launcher.slurm.status import lines_of, runs_of, status_of
+from dapo_megatron.launcher.slurm.submit import Request, plan_job, submit
 from dapo_megatron.types import ConfigError
 from tests.slurm.cluster import Cluster
-from tests.slurm.plays import Play
+from tests.slurm.plays import STAND_IN, Play
 
 pytestmark = pytest.mark.slurm
 
@@ -77,3 +81,17 @@ def test_a_disk_without_room_for_the_checkpoints_is_an_error(play: Play, monkeyp
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**30))
     with pytest.raises(ConfigError, match=r"has 1.0 GiB free, but 3 more checkpoints of 0.5 GiB come there"):
         play("0", "--checkpoint.every=10")
+
+
+def test_a_script_can_be_submitted_by_hand(slurm: Cluster, play: Play, shared_dir: Path):
+    run_dir = shared_dir / "own run"
+    given = [f"--run.dir={run_dir}", "--model.path=m", "--data.path=d", "--checkpoint.every=0", "--gpus-per-node=0"]
+    output = io.StringIO()
+    request = Request([], [*given, "--slurm.exclusive=false", f"--slurm.python={STAND_IN}"], write_only=True)
+    assert submit(request, lambda config: None, Console(file=output, width=400)) is None
+    (run_dir / "play").write_text("0")
+    job = slurm.run(*shlex.split(output.getvalue())).stdout.split()[-1]
+    slurm.wait(job, "COMPLETED")
+    assert runs_of(job) == [run_dir]
+    lines = dict(lines_of(status_of(run_dir)))
+    assert (lines["job"], Path(lines["log"]).read_text().splitlines()[-1]) == (f"{job} COMPLETED", lines["history"])

@@ -2,9 +2,9 @@
 
 RUN/slurm/job.sbatch     the script, as submitted
 RUN/slurm/config.json    all settings, as the job reads them
-RUN/slurm/jobs.jsonl     one object per submission
+RUN/slurm/jobs           one line per job: its id, when it was submitted
 RUN/slurm/history        one line per beginning and end of an attempt, written by the script
-RUN/slurm/JOB.log        output of the script and of the run; attempts follow one another
+RUN/slurm/JOB.log        output of the script and of the run; attempts follow one another. Of an array: in the sweep's folder
 RUN/slurm/cancelled      id of a job that must not start again
 RUN/slurm/sweep.json     in the folder of a sweep: the names of its runs
 """
@@ -12,13 +12,12 @@ RUN/slurm/sweep.json     in the folder of a sweep: the names of its runs
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import TypeAdapter
-
-from dapo_megatron.launcher.slurm.script import FOLDER
+from dapo_megatron.launcher.slurm.script import FOLDER, SCRIPT
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +29,6 @@ class Submission:
     log: Path
 
 
-_SUBMISSION = TypeAdapter(Submission)
-
-
 class JobRecords:
     """Files of the jobs of one run."""
 
@@ -40,24 +36,25 @@ class JobRecords:
         self.run_dir = run_dir
         self.folder = run_dir / FOLDER
         self.config_file = self.folder / "config.json"
-        self.script_file = self.folder / "job.sbatch"
+        self.script_file = run_dir / SCRIPT
         self.history_file = self.folder / "history"
         self.cancelled_file = self.folder / "cancelled"
-        self._jobs_file = self.folder / "jobs.jsonl"
+        self._jobs_file = self.folder / "jobs"
         self._sweep_file = self.folder / "sweep.json"
 
-    def add(self, submission: Submission) -> None:
-        """Remember a job."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self._jobs_file.open("ab") as file:
-            file.write(_SUBMISSION.dump_json(submission) + b"\n")
+    def add(self, job_id: str) -> None:
+        """Remember a job that is submitted now. The script adds one that was submitted without us."""
+        with self._jobs_file.open("a") as file:
+            file.write(f"{job_id} {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
 
     def newest(self) -> Submission | None:
         """The job submitted last."""
-        if not self._jobs_file.is_file():
+        lines = self._jobs_file.read_text().splitlines() if self._jobs_file.is_file() else []
+        if not lines:
             return None
-        lines = self._jobs_file.read_bytes().splitlines()
-        return _SUBMISSION.validate_json(lines[-1]) if lines else None
+        job_id, _, submitted = lines[-1].partition(" ")
+        whole = self.run_dir.parent if "_" in job_id else self.run_dir
+        return Submission(job_id, submitted, whole / FOLDER / f"{job_id}.log")
 
     def last_words(self) -> str | None:
         """The last line of the history."""

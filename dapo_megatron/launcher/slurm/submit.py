@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from dapo_megatron.config.slurm_text import seconds_of
 from dapo_megatron.launcher.slurm import scheduler
 from dapo_megatron.launcher.slurm.lead import signal_lead_seconds
 from dapo_megatron.launcher.slurm.limits import device_problems, folder_problems, partition_problems, space_problems
-from dapo_megatron.launcher.slurm.record import JobRecords, Submission
-from dapo_megatron.launcher.slurm.script import render, this_python
+from dapo_megatron.launcher.slurm.record import JobRecords
+from dapo_megatron.launcher.slurm.script import SCRIPT, render, this_python
 from dapo_megatron.launcher.slurm.sweep import Element, elements_of
 from dapo_megatron.types import ConfigError, SchedulerError
 
@@ -38,6 +37,9 @@ class Request:
     site: Path | None = None
     """None: SITE_FILE, where there is one."""
     dry_run: bool = False
+    """Print the script alone."""
+    write_only: bool = False
+    """Write what the job reads, and print the command that submits it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ class Plan:
 
 
 def submit(request: Request, check: Callable[[Config], object], console: Console) -> Path | None:
-    """Submit, and say how to go on; the folder of the run or the sweep. None for a dry run.
+    """Submit, and say how to go on; the folder of the run or the sweep. None when nothing was submitted.
 
     `check` raises what stands against a config. Raises ConfigError with all other problems at once, SchedulerError when Slurm refuses.
     """
@@ -67,8 +69,12 @@ def submit(request: Request, check: Callable[[Config], object], console: Console
     if request.dry_run:
         print(plan.script, end="")
         return None
-    job_id = _hand_in(plan)
-    _say(console, plan, job_id)
+    _write(plan)
+    if request.write_only:
+        words = ("sbatch", f"--chdir={plan.folder}", str(plan.folder / SCRIPT))
+        _print(console, [shlex.join(words)])
+        return None
+    _say(console, plan, _hand_in(plan))
     return plan.folder
 
 
@@ -135,7 +141,8 @@ def _jobs_under_way(config: Config) -> list[str]:
     return [f"run.dir ({config.run.dir}) has job {job.job_id}, which is {job.state}; {remedy}."]
 
 
-def _hand_in(plan: Plan) -> str:
+def _write(plan: Plan) -> None:
+    """Everything that the job reads."""
     for config in plan.configs:
         records = JobRecords(config.run.dir)
         records.folder.mkdir(parents=True, exist_ok=True)
@@ -145,11 +152,12 @@ def _hand_in(plan: Plan) -> str:
     whole.script_file.write_text(plan.script)
     if plan.names:
         whole.write_sweep(plan.names)
-    job_id = scheduler.submit(whole.script_file, plan.folder)
-    now = time.strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _hand_in(plan: Plan) -> str:
+    job_id = scheduler.submit(plan.folder / SCRIPT, plan.folder)
     for index, run_dir in enumerate(plan.run_dirs):
-        of_run = f"{job_id}_{index}" if plan.names else job_id
-        JobRecords(run_dir).add(Submission(of_run, now, whole.folder / f"{of_run}.log"))
+        JobRecords(run_dir).add(f"{job_id}_{index}" if plan.names else job_id)
     return job_id
 
 
@@ -164,5 +172,9 @@ def _say(console: Console, plan: Plan, job_id: str) -> None:
         f"run folder {plan.folder}",
         *(f"  dapo-megatron {command} {shlex.quote(str(plan.folder))}" for command in ("status", "logs", "cancel")),
     ]
+    _print(console, lines)
+
+
+def _print(console: Console, lines: Sequence[str]) -> None:
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
