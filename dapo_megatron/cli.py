@@ -426,7 +426,12 @@ def plan(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def probe(
     arguments: Annotated[
-        list[str], typer.Argument(metavar="CONFIG [--PATH VALUE]", help="YAML files, then overrides.", show_default=False)
+        list[str],
+        typer.Argument(
+            metavar="CONFIG|PROBE [--PATH VALUE]",
+            help="YAML files, then overrides; or the folder of a probe that --slurm submitted.",
+            show_default=False,
+        ),
     ],
     top: Annotated[int, typer.Option("--top", min=1, help="So many of the plan's best layouts.")] = 3,
     gpu: Annotated[str | None, typer.Option("--gpu", help="What the plan is for, e.g. h100-80. Default: cluster.gpu.")] = None,
@@ -445,6 +450,10 @@ def probe(
         bool | None,
         typer.Option("--shrink/--no-shrink", help="A narrow random model of the same family. Default: where there is no GPU."),
     ] = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Submit an array of short runs instead, one a layout.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --slurm: check, print the batch script, submit nothing.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Measure the best layouts of a plan with real ranks, and rank them by what was measured.
@@ -458,6 +467,8 @@ def probe(
     - `dapo-megatron probe run.yaml --gpu h100-80 --copies 1`: with one copy of the model each; needs fewer GPUs, leaves out reductions
     - `dapo-megatron probe run.yaml --layout tensor_parallel_size=2 --layout pipeline_parallel_size=2`: layouts of your own
     - `dapo-megatron probe run.yaml --gpu h100-80 --batch runs/mine`: with the lengths of a recorded batch
+    - `dapo-megatron probe run.yaml --gpu h100-80 --slurm --nodes 2`: two rollout steps of each, as jobs; then `dapo-megatron probe
+      RUN/probe` ranks them
 
     Exit code 1: a rank died and is named. Exit code 2: a layout cannot run here.
     """
@@ -465,12 +476,19 @@ def probe(
 
     from dapo_megatron.config.load import load_config
     from dapo_megatron.launcher.probe import ProbeRequest, probe, recorded_lengths
+    from dapo_megatron.launcher.probe_jobs import is_probe, rank_runs, submit_probe
     from dapo_megatron.launcher.probe_layouts import expected_lengths, given_layouts, planned_layouts, tokens_per_update
-    from dapo_megatron.train import prepare
+    from dapo_megatron.train import prepare, run
 
     files, overrides = split_arguments(arguments)
+    if len(files) == 1 and is_probe(files[0]):
+        raise typer.Exit(rank_runs(files[0], Console(), as_json=as_json))
     config = load_config(files, overrides)
     prepare(config)
+    if slurm:
+        layouts = given_layouts(layout) if layout else planned_layouts(config, gpu, top)
+        submit_probe(files, overrides, layouts, lambda config: run(config, check_only=True), Console(), dry_run=dry_run)
+        raise typer.Exit
     lengths = expected_lengths(config) if batch is None else recorded_lengths(batch)
     request = ProbeRequest(
         files=files,

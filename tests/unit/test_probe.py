@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,13 @@ from rich.console import Console
 
 from dapo_megatron.actor.probed import MeasuredLayout, Probed, ProbedStep
 from dapo_megatron.config.load import load_config
+from dapo_megatron.config.schema import Config
 from dapo_megatron.launcher.probe import PlannedLayout, ProbeRequest, probe, recorded_lengths
 from dapo_megatron.launcher.probe_batch import ProbeLengths, probe_batch
+from dapo_megatron.launcher.probe_jobs import is_probe, rank_runs, submit_probe
 from dapo_megatron.launcher.probe_layouts import expected_lengths, given_layouts, planned_layouts, tokens_per_update
 from dapo_megatron.launcher.recorded_batch import record
+from dapo_megatron.launcher.slurm.record import JobRecords
 from dapo_megatron.types import ConfigError, OptimizerStepBatch, TrainBatch, TrainSample
 from tests.published_configs import QWEN3_8B
 
@@ -145,3 +149,42 @@ def test_name_of_a_given_layout_is_what_was_given():
     assert given_layouts(["tensor_parallel_size=2,seed=1"]) == [
         PlannedLayout("tensor_parallel_size=2,seed=1", ["--actor.tensor_parallel_size=2", "--seed=1"])
     ]
+
+
+@pytest.fixture
+def probe_folder(tmp_path: Path) -> Path:
+    """Of an array whose second run has not ended."""
+    folder = tmp_path / "probe"
+    for name, rows in {"1_TP2": [9.0, 4.0], "2_PP2": [9.0], "3_DP2": [9.0, 3.0]}.items():
+        (folder / name).mkdir(parents=True)
+        lines = [
+            {"rollout_step": step, "time/train_seconds": seconds, "time/rollout_seconds": 2.0, "time/step_seconds": seconds + 2.5}
+            for step, seconds in enumerate(rows, 1)
+        ]
+        (folder / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    records = JobRecords(folder)
+    records.folder.mkdir()
+    records.write_sweep(["1_TP2", "2_PP2", "3_DP2"])
+    return folder
+
+
+def test_runs_of_an_array_are_ranked_by_their_last_step(probe_folder: Path):
+    console = Console(record=True, width=100, file=io.StringIO())
+    assert is_probe(probe_folder) and not is_probe(probe_folder / "1_TP2")
+    assert rank_runs(probe_folder, console, as_json=True) == 1
+    found = json.loads(console.export_text())
+    assert [(run["name"], run["train_seconds"]) for run in found["layouts"]] == [("3_DP2", 3.0), ("1_TP2", 4.0), ("2_PP2", 9.0)]
+    assert found["unfinished"] == ["2_PP2"]
+    rank_runs(probe_folder, console, as_json=False)
+    assert "2_PP2: 1 of 2 steps; dapo-megatron status" in console.export_text()
+
+
+def test_array_has_a_short_run_of_each_layout(run_file: Path, capsys: pytest.CaptureFixture[str]):
+    checked: list[Config] = []
+    layouts = given_layouts(["tensor_parallel_size=2,num_ranks=8", "pipeline_parallel_size=4,num_ranks=8"])
+    assert submit_probe([run_file], ["--slurm.time=1:00:00"], layouts, checked.append, Console(), dry_run=True) is None
+    assert [(config.actor.tensor_parallel_size, config.actor.pipeline_parallel_size) for config in checked] == [(2, 1), (1, 4)]
+    train = checked[0].train
+    assert (train.num_rollout_steps, train.num_updates_per_rollout, train.num_prompts_per_step) == (2, 2, 64)
+    assert len({config.run.dir for config in checked}) == 2 and checked[0].run.dir.parent == run_file.parent / "run" / "probe"
+    assert "#SBATCH --array=0-1" in capsys.readouterr().out

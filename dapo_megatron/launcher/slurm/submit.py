@@ -40,6 +40,8 @@ class Request:
     """Print the script alone."""
     write_only: bool = False
     """Write what the job reads, and print the command that submits it."""
+    elements: Sequence[Element] = ()
+    """The runs of an array as they are, in place of `arrays`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ def plan_job(request: Request, check: Callable[[Config], object]) -> Plan:
     files = [site, *request.files] if request.site is not None or site.is_file() else list(request.files)
     base = load_config(files, request.overrides)
     folder = base.run.dir.absolute()
-    elements = elements_of(request.arrays)
+    elements = tuple(request.elements) or elements_of(request.arrays)
     configs = [
         load_config(files, [*request.overrides, *element.overrides, f"--run.dir={json.dumps(str(folder / element.name))}"])
         for element in elements or (Element("", ()),)
