@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dapo_megatron.types import CheckpointError, ConfigError, DapoMegatronError, DataError, RewardError
+from dapo_megatron.exit_codes import MEANINGS, code_of
+from dapo_megatron.types import ConfigError, DapoMegatronError
 
-EXIT_FAILED = 1
-"""The run started and failed."""
-EXIT_BAD_INPUT = 2
-"""Nothing was started: configuration, data, reward function or checkpoint must be mended first."""
-
-_BAD_INPUT = (ConfigError, DataError, RewardError, CheckpointError)
 _PACKAGES = ("dapo-megatron", "torch", "megatron-core", "transformers", "ray")
 
 app = typer.Typer(
@@ -36,7 +32,10 @@ def main() -> None:
         problems = error.problems if isinstance(error, ConfigError) else [str(error)]
         for problem in problems:
             typer.secho(f"error: {problem}", fg="red", err=True)
-        raise SystemExit(EXIT_BAD_INPUT if isinstance(error, _BAD_INPUT) else EXIT_FAILED) from None
+        raise SystemExit(code_of(error)) from None
+    except Exception as error:
+        traceback.print_exc()
+        raise SystemExit(code_of(error)) from None
 
 
 def _print_versions(wanted: bool) -> None:
@@ -57,7 +56,10 @@ def _options(
     pass
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+_EXIT_CODES = "**Exit codes** " + " · ".join(f"{code:d}: {meaning}" for code, meaning in MEANINGS.items())
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, epilog=_EXIT_CODES)
 def train(
     arguments: Annotated[
         list[str], typer.Argument(metavar="CONFIG [--PATH VALUE]", help="YAML files, then overrides.", show_default=False)
@@ -89,7 +91,7 @@ def train(
     - `dapo-megatron train base.yaml cluster.yaml --actor.optimizer.lr=2e-6 --run.dir runs/hot`
     - `dapo-megatron train configs/quickstart.yaml --check`
 
-    `dapo-megatron config` lists every path. Exit code 2: nothing was started, mend the input. Exit code 1: the run failed.
+    `dapo-megatron config` lists every path.
     """
     from dapo_megatron.config.load import load_config
     from dapo_megatron.train import run

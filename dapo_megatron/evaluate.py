@@ -167,11 +167,12 @@ class _Measurement:
 
     async def _measure(self, processes: RayBackend | LocalBackend, scorer: RewardWorkers, progress: EvaluationProgress) -> None:
         from dapo_megatron.eval.measure import measure
-        from dapo_megatron.launcher.controller import PhaseClock, sync_weights
+        from dapo_megatron.launcher.controller import sync_weights
+        from dapo_megatron.launcher.phase_clock import Deadlines, PhaseClock
 
-        source, deadline = self.source, self.config.cluster.phase_deadline_seconds
+        source, deadline = self.source, self.config.cluster.unlearnt_deadline_seconds
         if source.run is not None:
-            clock = PhaseClock(deadline)
+            clock = PhaseClock(Deadlines(self.config.cluster))
             await clock.run("load", processes.actor.load_weights(source.actor_directory(), source.weight_digests()))
             await clock.run("sync", sync_weights(processes.actor, processes.engines, source.weight_version))
             processes.actor.stop()

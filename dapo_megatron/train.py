@@ -19,9 +19,11 @@ from dapo_megatron.config.load import resolved_dict
 from dapo_megatron.config.schema import Config
 from dapo_megatron.data.loader import PromptStream
 from dapo_megatron.data.prompts import DataReport, PromptSet, load_prompts
+from dapo_megatron.exit_codes import ExitCode
 from dapo_megatron.launcher.controller import read_state
 from dapo_megatron.launcher.identity import RunIdentity, identity_of, installed_version, require_same
 from dapo_megatron.launcher.run_folder import RunFolder, num_steps_of
+from dapo_megatron.launcher.stop import StopRequest, stop_on_signals
 from dapo_megatron.metrics.console import RunConsole
 from dapo_megatron.metrics.writers import MetricsWriter
 from dapo_megatron.rewards.workers import RewardWorkers
@@ -39,6 +41,16 @@ def run(config: Config, *, check_only: bool, strict: bool = False) -> int:
 
     `strict`: a run that will not fit on the GPU of `cluster.gpu` is such an error, not a warning.
     """
+    with stop_on_signals() as stop:
+        try:
+            return _run(config, stop, check_only=check_only, strict=strict)
+        except KeyboardInterrupt:
+            if stop.reason is None:
+                raise
+            return _stopped(config, stop, Console())  # nothing was under way that could be lost
+
+
+def _run(config: Config, stop: StopRequest, *, check_only: bool, strict: bool) -> int:
     console = Console()
     prepare(config)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # reward workers are started from this process
@@ -56,7 +68,15 @@ def run(config: Config, *, check_only: bool, strict: bool = False) -> int:
         asyncio.run(_check_reward(config))
         console.print(f"{config.run.dir}: nothing stands against this run", highlight=False, soft_wrap=True)
         return 0
-    return _train(config, prompts, held_out, identity, start, console)
+    return _train(config, prompts, held_out, identity, start, console, stop)
+
+
+def _stopped(config: Config, stop: StopRequest, console: Console) -> int:
+    newest = RunFolder(config.run.dir).newest_checkpoint()
+    console.print(
+        f"stopped by {stop.reason}; the same command goes on from {newest or 'the beginning'}", highlight=False, soft_wrap=True
+    )
+    return ExitCode.STOPPED
 
 
 def prepare(config: Config) -> None:
@@ -148,11 +168,12 @@ def _train(
     identity: RunIdentity,
     start: Path | None,
     console: Console,
+    stop: StopRequest,
 ) -> int:
     from dapo_megatron.launcher.backends import session
 
     folder = RunFolder(config.run.dir)
-    if start is not None and start.parent == folder.checkpoints and num_steps_of(start) >= config.train.num_rollout_steps:
+    if start is not None and start.parent == folder.checkpoints and _has_ended(start, config):
         console.print(
             f"{start} is the end of this run already; raise train.num_rollout_steps to go on, or use another run.dir to start again",
             highlight=False,
@@ -163,16 +184,20 @@ def _train(
     with session(config):
         for restarts_left in range(config.run.max_restarts, -1, -1):
             try:
-                _train_once(config, prompts, held_out, identity, folder, start, console)
-                return 0
+                ended = _train_once(config, prompts, held_out, identity, folder, start, console, stop)
+                return ExitCode.DONE if ended else _stopped(config, stop, console)
             except RESTARTABLE as error:
-                if not restarts_left:
+                if not restarts_left or stop.reason is not None:
                     raise
                 start = starting_checkpoint(config, folder)
                 console.print(
                     f"{error}\nstarting again from {start or 'the beginning'}; {restarts_left} restarts left", style="yellow"
                 )
     raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _has_ended(checkpoint: Path, config: Config) -> bool:
+    return num_steps_of(checkpoint) >= config.train.num_rollout_steps and read_state(checkpoint).unreported is None
 
 
 def starting_checkpoint(config: Config, folder: RunFolder) -> Path | None:
@@ -196,7 +221,9 @@ def _train_once(
     folder: RunFolder,
     start: Path | None,
     console: Console,
-) -> None:
+    stop: StopRequest,
+) -> bool:
+    """False: told to stop before the end."""
     from dapo_megatron.eval.measure import Protocol, held_out_metrics
     from dapo_megatron.launcher.backends import backend, connections
     from dapo_megatron.launcher.controller import Controller
@@ -218,13 +245,13 @@ def _train_once(
         RunConsole(config.train.num_rollout_steps, num_steps_done=done, console=console) as screen,
         backend(config, folder.logs) as processes,
     ):
-        writer.truncate_after(done)
+        writer.truncate_after(done - 1 if state and state.unreported is not None else done)
 
         def report(row: Any) -> None:
             writer.write(row)
             screen.step(row)
 
-        async def drive() -> None:
+        async def drive() -> bool:
             async with RewardWorkers(config.reward) as scorer, connections(processes.engines):
                 await scorer.wait_ready()
                 rules = sampler_rules(config)
@@ -242,11 +269,14 @@ def _train_once(
                     identity=identity,
                     evaluate=evaluate,
                     state=state,
+                    stop=stop,
                 )
-                await controller.run(start)
+                return await controller.run(start)
 
-        asyncio.run(drive())
-        screen.finish(folder.path, tensorboard=config.metrics.tensorboard)
+        ended = asyncio.run(drive())
+        if ended:
+            screen.finish(folder.path, tensorboard=config.metrics.tensorboard)
+        return ended
 
 
 def sampler_type(config: Config) -> Any:

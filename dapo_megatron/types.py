@@ -245,3 +245,15 @@ class LogProbError(DapoMegatronError):
 
 class WorkerDiedError(DapoMegatronError):
     """A process of the run ended; the message names it and quotes its last log lines."""
+
+
+class StalledError(DapoMegatronError):
+    """A phase made no progress within its deadline; the message says where its processes stood."""
+
+
+class StopNotSavedError(DapoMegatronError):
+    """The run was told to stop and could not save what it had done since the last checkpoint."""
+
+
+class BadNodeError(DapoMegatronError):
+    """A node of the job cannot run it, or did not come."""

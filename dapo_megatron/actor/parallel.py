@@ -28,7 +28,7 @@ def initialize(config: Config, *, rank: int, init_method: str) -> torch.device:
         init_method=init_method,
         rank=rank,
         world_size=actor.world_size,
-        timeout=timedelta(seconds=config.cluster.phase_deadline_seconds),
+        timeout=timedelta(seconds=config.cluster.collective_timeout_seconds),
     )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=actor.tensor_parallel_size,

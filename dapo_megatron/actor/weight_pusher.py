@@ -145,7 +145,7 @@ def configured_pusher(config: Config, mapping: ModelMapping, live: Sequence[Live
         dtype="float32" if engine.dtype == "fp32" else "bfloat16",
         directory=engine.weight_sync_dir,
         timeout_seconds=engine.health_deadline_seconds,
-        model_timeout_seconds=config.cluster.phase_deadline_seconds,
+        model_timeout_seconds=config.cluster.unlearnt_deadline_seconds,
     )
     return WeightPusher(mapping, json.loads((config.model.path / "config.json").read_text()), live, rules)
 

@@ -346,7 +346,7 @@ class CheckpointConfig(Section):
     """Saving and resuming."""
 
     every: int = Field(50, ge=0)
-    """Rollout steps between checkpoints; the last step is saved too. 0: none at all."""
+    """Rollout steps between checkpoints; the last step is saved too. 0: none but that of a run told to stop by SIGUSR1 or SIGTERM."""
     keep_last: PositiveInt = 2
     """Complete checkpoints kept."""
     keep_every: PositiveInt | None = None
@@ -395,8 +395,19 @@ class ClusterConfig(Section):
     starts. None: not checked."""
     startup_deadline_seconds: float = Field(600.0, gt=0)
     """Longest time for ranks and engines to come up."""
-    phase_deadline_seconds: float = Field(3600.0, gt=0)
-    """Longest time of one phase (rollout, train, sync, save) before the run ends with an error that names it."""
+    phase_deadline_seconds: float | None = Field(None, gt=0)
+    """A phase (rollout, train, sync, save, eval) that takes longer has stalled: its processes' stacks go to RUN/stalls, and the run ends
+    with exit code 86. None: learnt, 10 times the longest so far but at least 10 minutes; an hour until a phase has ended three times."""
+
+    @property
+    def unlearnt_deadline_seconds(self) -> float:
+        """Of a phase without a history."""
+        return self.phase_deadline_seconds or 3600.0
+
+    @property
+    def collective_timeout_seconds(self) -> float:
+        """Of a collective call among ranks: later than the phase's own deadline, which explains itself."""
+        return 4 * self.unlearnt_deadline_seconds
 
 
 class SlurmConfig(Section):

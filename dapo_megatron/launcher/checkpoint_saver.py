@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 from dapo_megatron.config.schema import CheckpointConfig
@@ -90,12 +91,18 @@ class CheckpointSaver:
             "checkpoint/num_failed_saves": self._num_failed,
         }
 
-    async def seal(self) -> None:
-        """Make the collected checkpoint a complete one, and remove what is older than wanted."""
+    async def seal(self, amended: Mapping[int, bytes] = MappingProxyType({})) -> None:
+        """Make the collected checkpoint a complete one, and remove what is older than wanted.
+
+        `amended`: by number of steps, what the controller's part has become since `start`.
+        """
         if self._written is None:
             return
         written, self._written = self._written, None
         try:
+            for num_steps, state in amended.items():
+                if written.directory == self._folder.unfinished_checkpoint(num_steps).absolute():
+                    (written.directory / STATE_FILE).write_bytes(state)
             await asyncio.to_thread(self._folder.complete_checkpoint, written.directory, written.digests)
         except OSError as error:
             self._failed(written.directory, error)

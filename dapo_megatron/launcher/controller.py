@@ -9,6 +9,10 @@ The map of the system:
 
 Rollout step k (from 0) samples with weight version k and leaves version k + 1. With `train.rollout_lag: 1` the engines sample for step k + 1,
 with version k, while step k trains. Which engine, one machine or a cluster is decided by the handles passed in; the loop is the same.
+
+A run that is told to stop leaves a checkpoint from which it goes on as if nothing had been: a rollout or an evaluation under way is dropped
+(it comes again, the same, after the restart), everything else is finished first. With `rollout_lag: 1` the rollout is finished too, because
+the weights that it samples with are in no checkpoint.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,11 +35,21 @@ from dapo_megatron.data.loader import PromptStream, StreamState
 from dapo_megatron.launcher.checkpoint_saver import STATE_FILE, CheckpointSaver
 from dapo_megatron.launcher.identity import RunIdentity
 from dapo_megatron.launcher.log_prob_alarm import LogProbAlarm
+from dapo_megatron.launcher.phase_clock import Deadlines, Diagnose, PhaseClock
 from dapo_megatron.launcher.recorded_batch import record
 from dapo_megatron.launcher.rollouts import Rollouts
-from dapo_megatron.launcher.run_folder import ACTOR, PhaseNote, RunFolder, actor_digests, read_marker, require_complete
+from dapo_megatron.launcher.run_folder import (
+    ACTOR,
+    PhaseNote,
+    RunFolder,
+    actor_digests,
+    num_steps_of,
+    read_marker,
+    require_complete,
+)
+from dapo_megatron.launcher.stop import StopRequest
 from dapo_megatron.rollout.sampler import RolloutBatch, Sampler, SamplerState
-from dapo_megatron.types import CheckpointError, EngineEndpoint, EngineError, TrainBatch
+from dapo_megatron.types import CheckpointError, EngineEndpoint, StopNotSavedError, TrainBatch
 from dapo_megatron.weights.file_digest import FileDigest, digest_file
 from dapo_megatron.weights.transports.records import PushReport
 
@@ -105,9 +119,15 @@ class ControllerState:
     identity: RunIdentity
     rollout: RolloutBatch | None = None
     """What the next step trains on, where it was sampled before (train.rollout_lag)."""
+    unreported: dict[str, float] | None = None
+    """The row of the last step, where its evaluation was dropped: it is measured, and the row written, first thing after a restart."""
 
 
 _STATE = TypeAdapter(ControllerState)
+
+
+class _ToldToStop(Exception):
+    """Leaves the steps; the checkpoint is still to be written."""
 
 
 def read_state(checkpoint: Path) -> ControllerState:
@@ -137,39 +157,56 @@ class Controller:
         identity: RunIdentity,
         evaluate: Callable[[], Awaitable[dict[str, float]]] | None = None,
         state: ControllerState | None = None,
+        stop: StopRequest | None = None,
+        diagnose: Diagnose = lambda words: "",
     ):
-        """`state` None starts a run, else it goes on where the state was saved; sampler and prompts have been restored already."""
+        """`state` None starts a run, else it goes on where the state was saved; sampler and prompts have been restored already.
+
+        `diagnose` is asked where a phase that stalls stands.
+        """
         self._config, self._actor, self._engines = config, actor, engines
         self._sampler, self._prompts, self._folder, self._report = sampler, prompts, folder, report
         self._evaluate, self._identity = evaluate, identity
-        self._num_steps_done = state.num_steps if state else 0
+        self._num_steps_done = self._num_steps_at_start = state.num_steps if state else 0
+        self._unreported = state.unreported if state else None
+        self._stop = stop or StopRequest()
+        self._before_dropped: tuple[SamplerState, StreamState] | None = None
         self._started = time.time()
         self._rules = train_batch_rules(config)
         self._alarm = LogProbAlarm(config)
         self._saver = CheckpointSaver(actor, folder, config.checkpoint)
-        self._clock = PhaseClock(config.cluster.phase_deadline_seconds, self._note_phase)
+        self._clock = PhaseClock(Deadlines(config.cluster), self._note_phase, diagnose)
         self._recent_accuracy = deque(state.recent_accuracy if state else (), maxlen=STOP_WINDOW)
-        self._rollouts = Rollouts(
-            lambda: sampler.collect(config.train.num_prompts_per_step), settled=state.rollout if state else None
-        )
+        self._rollouts = Rollouts(self._collect, settled=state.rollout if state else None)
         self._version_sent: int | None = None
         self._sync_metrics: dict[str, float] = {}
 
-    async def run(self, start_from: Path | None = None) -> None:
-        """Train to the end, from the HF weights or from a checkpoint."""
-        if start_from is not None:
-            await self._clock.run("load", self._load(start_from))
-        await self._clock.run("sync", self._sync(self._num_steps_done))
-        try:
-            await self._steps(self._config.train.num_rollout_steps, self._config.train.rollout_lag == 1)
-        finally:
-            await self._rollouts.cancel()
-        await self._saver.seal()  # only now: a sealed checkpoint says that the rows up to it are written
+    async def run(self, start_from: Path | None = None) -> bool:
+        """Train to the end, from the HF weights or from a checkpoint. False: told to stop before, and all that was done is saved."""
+        with self._clock.last_resort(), self._stop.listening() as self._stopped:
+            try:
+                if start_from is not None:
+                    await self._clock.run("load", self._load(start_from))
+                await self._clock.run("sync", self._sync(self._num_steps_done))
+                await self._steps(self._config.train.num_rollout_steps, self._config.train.rollout_lag == 1)
+                ended = True
+            except _ToldToStop:
+                await self._save_for_restart()
+                ended = False
+            finally:
+                await self._rollouts.cancel()
+            await self._saver.seal()  # only now: a sealed checkpoint says that the rows up to it are written
+        if not ended:
+            self._require_saved()
+        return ended
 
     async def _steps(self, last: int, samples_ahead: bool) -> None:
+        if self._unreported is not None and await self._report_after_restart(self._unreported, last):
+            return
         for step in range(self._num_steps_done, last):
+            self._stop_here()
             self._clock.start_step()
-            rollout = await self._clock.run("rollout", self._rollouts.take())
+            rollout = await self._clock.run("rollout", self._next_rollout())
             batch = build_train_batch(rollout.groups, self._rules, seed=self._config.run.seed + step, weight_version=step)
             row = rollout_metrics(rollout, step, self._rules)
             if samples_ahead and step + 1 < last:  # the engines go on, with the weights that are about to be trained
@@ -182,19 +219,97 @@ class Controller:
                 row |= await self._clock.run("train", self._actor.train(batch, step))
                 self._alarm.check(row, step + 1)
             del rollout, batch  # else two steps' tokens are in memory while the next ones are generated
-            done = step + 1 == last or self._accurate_enough(row)
+            self._recent_accuracy.extend([row["rollout/accuracy"]] if "rollout/accuracy" in row else [])
+            done = step + 1 == last or self._is_accurate_enough()
             evaluates = self._evaluate is not None and _is_due(self._config.eval.interval, step + 1, done)
             if self._config.checkpoint.every:  # before the sync, which may move what is saved off the devices
                 row |= await self._save(step + 1, done)
             if not samples_ahead or evaluates or done:
                 await self._clock.run("rollout", self._rollouts.settle())
                 row |= await self._clock.run("sync", self._sync(step + 1))
-            if self._evaluate is not None and evaluates:
-                row |= await self._clock.run("eval", self._evaluate())
             self._num_steps_done = step + 1
+            if evaluates:
+                row |= await self._measure(row)
             self._report(self._finished_row(row))
             if done:
                 break
+
+    async def _next_rollout(self) -> RolloutBatch:
+        if not self._rollouts.is_begun:
+            return await self._unless_stopped(self._rollouts.take())
+        await self._rollouts.settle()  # sampled with weights that the actor has no more: it cannot be had again
+        self._stop_here()
+        return await self._rollouts.take()
+
+    async def _collect(self) -> RolloutBatch:
+        self._before_dropped = (self._sampler.state(), self._prompts.state())
+        rollout = await self._sampler.collect(self._config.train.num_prompts_per_step)
+        self._before_dropped = None
+        return rollout
+
+    async def _measure(self, row: dict[str, float]) -> dict[str, float]:
+        """Metrics of the evaluation; where it is dropped, what else the step has to report goes into the checkpoint."""
+        assert self._evaluate is not None
+        try:
+            return await self._clock.run("eval", self._unless_stopped(self._evaluate()))
+        except _ToldToStop:
+            self._unreported = self._finished_row(row)
+            raise
+
+    async def _report_after_restart(self, row: dict[str, float], last: int) -> bool:
+        """Measure what was dropped before the restart, and report its step. True: that step was the last one."""
+        self._stop_here()
+        self._clock.start_step()
+        if self._evaluate is not None:
+            row = row | await self._clock.run("eval", self._unless_stopped(self._evaluate()))
+            row |= {"time/eval_seconds": self._clock.seconds()["eval"]}
+        self._report({**row, "rollout_step": self._num_steps_done})
+        self._unreported = None
+        return self._num_steps_done == last or self._is_accurate_enough()
+
+    def _stop_here(self) -> None:
+        if self._stop.reason is not None:
+            raise _ToldToStop
+
+    async def _unless_stopped[T](self, work: Awaitable[T]) -> T:
+        """What may be dropped: it comes again, the same, after a restart."""
+        task, stopped = asyncio.ensure_future(work), asyncio.ensure_future(self._stopped.wait())
+        try:
+            await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            raise _ToldToStop
+        finally:
+            stopped.cancel()
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})
+
+    async def _save_for_restart(self) -> None:
+        """A checkpoint of all that was done, if the newest one is not that already."""
+        settled = await self._clock.run("rollout", self._rollouts.settle())
+        await self._clock.run("save", self._saver.collect(wait=True))
+        await self._saver.seal(self._amended(settled))
+        if self._is_unsaved():
+            await self._leave_devices_to_actor()
+            await self._clock.run("save", self._collect_and_start(self._num_steps_done, True, True, settled))
+
+    def _amended(self, settled: RolloutBatch | None) -> dict[int, bytes]:
+        """For a save that was begun before its step's evaluation, which then was dropped."""
+        return {self._num_steps_done: self._state(self._num_steps_done, settled)} if self._unreported is not None else {}
+
+    def _is_unsaved(self) -> bool:
+        newest = self._folder.newest_checkpoint()
+        saved = num_steps_of(newest) if newest is not None else None
+        return self._num_steps_done not in (self._num_steps_at_start, saved)
+
+    def _require_saved(self) -> None:
+        if self._is_unsaved():
+            newest = self._folder.newest_checkpoint()
+            raise StopNotSavedError(
+                f"told to stop ({self._stop.reason}) after rollout step {self._num_steps_done}, which could not be saved; starting again goes "
+                f"back to {newest.name if newest else 'the beginning'}. Free space or mend permissions under {self._folder.checkpoints}"
+            )
 
     async def _leave_devices_to_actor(self) -> None:
         """Servers on its devices release their memory, whether it trains or only sends; the sync that follows gives it back."""
@@ -220,16 +335,21 @@ class Controller:
         row = await self._saver.collect(wait=due)
         await self._saver.seal()
         if due:
-            state = ControllerState(
-                num_steps=num_steps,
-                sampler=self._sampler.state(),
-                prompts=self._prompts.state(),
-                recent_accuracy=tuple(self._recent_accuracy),
-                identity=self._identity,
-                rollout=settled,
-            )
-            await self._saver.start(num_steps, _STATE.dump_json(state))
+            await self._saver.start(num_steps, self._state(num_steps, settled))
         return row | await self._saver.collect(wait=True) if done else row
+
+    def _state(self, num_steps: int, settled: RolloutBatch | None) -> bytes:
+        sampler, prompts = self._before_dropped or (self._sampler.state(), self._prompts.state())
+        state = ControllerState(
+            num_steps=num_steps,
+            sampler=sampler,
+            prompts=prompts,
+            recent_accuracy=tuple(self._recent_accuracy),
+            identity=self._identity,
+            rollout=settled,
+            unreported=self._unreported,
+        )
+        return _STATE.dump_json(state)
 
     async def _load(self, checkpoint: Path) -> None:
         allow_canary = "canary" in self._config.checkpoint.allow_changed
@@ -238,8 +358,7 @@ class Controller:
     def _note_phase(self, phase: str) -> None:
         self._folder.note_phase(PhaseNote(self._num_steps_done + 1, phase, time.time(), self._started))
 
-    def _accurate_enough(self, row: Mapping[str, float]) -> bool:
-        self._recent_accuracy.extend([row["rollout/accuracy"]] if "rollout/accuracy" in row else [])
+    def _is_accurate_enough(self) -> bool:
         wanted = self._config.train.stop_at_accuracy
         full = len(self._recent_accuracy) == STOP_WINDOW
         return wanted is not None and full and sum(self._recent_accuracy) / STOP_WINDOW >= wanted
@@ -286,38 +405,6 @@ async def sync_weights(
 
 def _is_due(every: int, num_steps_done: int, done: bool) -> bool:
     return done or (every > 0 and num_steps_done % every == 0)
-
-
-class PhaseClock:
-    """Runs the phases of a step under a deadline and keeps their wall-clock seconds."""
-
-    def __init__(self, deadline_seconds: float, on_phase: Callable[[str], None] = lambda phase: None):
-        """`on_phase` hears of each phase as it begins."""
-        self._deadline_seconds, self._on_phase = deadline_seconds, on_phase
-        self.start_step()
-
-    def start_step(self) -> None:
-        self._seconds: dict[str, float] = {}
-        self._step_start = time.perf_counter()
-
-    async def run[T](self, phase: str, work: Coroutine[Any, Any, T] | Awaitable[T]) -> T:
-        """Await one phase. Raises EngineError, naming the phase, past the deadline."""
-        start = time.perf_counter()
-        self._on_phase(phase)
-        try:
-            async with asyncio.timeout(self._deadline_seconds):
-                return await work
-        except TimeoutError:
-            raise EngineError(
-                f"phase {phase} did not end within cluster.phase_deadline_seconds ({self._deadline_seconds:.0f}); "
-                "look at the logs of ranks and engines, or raise the deadline"
-            ) from None
-        finally:
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
-
-    def seconds(self) -> dict[str, float]:
-        """Phase -> seconds of this step, and `step` for all of it."""
-        return {**self._seconds, "step": time.perf_counter() - self._step_start}
 
 
 def train_batch_rules(config: Config) -> TrainBatchRules:

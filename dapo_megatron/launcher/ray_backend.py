@@ -526,6 +526,8 @@ def _in_words(process: Process, error: RayError) -> Exception:
         cause = error.cause
         if isinstance(cause, DapoMegatronError):
             return cause
+        if isinstance(cause, AssertionError):  # not a death: it would come again
+            return AssertionError(str(process.died(f"{type(cause).__name__}: {cause}")))
         return process.died(f"{type(cause).__name__}: {cause}")
     if isinstance(error, ActorDiedError | ActorUnavailableError):
         return process.died("its process ended")

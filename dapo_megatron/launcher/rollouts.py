@@ -38,14 +38,21 @@ class Rollouts:
         """Wait for the rollout that was begun, if there is one, and keep it: the engines are free then. Raises what collecting it raised."""
         start = time.perf_counter()
         if self._under_way is not None:
-            self._settled = await self._under_way
-            self._under_way = None
+            try:
+                self._settled = await self._under_way
+            finally:  # a cancelled wait has given it up
+                self._under_way = None
         self._waited_seconds += time.perf_counter() - start
         return self._settled
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether the next one is under way, or there already."""
+        return self._under_way is not None or self._settled is not None
+
     async def take(self) -> RolloutBatch:
         """The rollout that was begun or, without one, the next, collected now."""
-        if self._under_way is None and self._settled is None:
+        if not self.is_begun:
             self.begin()
         rollout = await self.settle()
         assert rollout is not None

@@ -98,6 +98,7 @@ def _be_scorer(connection: Connection, judge: Judge, memory_limit_mib: int, serv
     code = 1
     try:
         os.setsid()  # a kill of the group reaches what a user's function started
+        _outlive_requests_to_stop()
         _die_with(server_pid)
         _limit_memory_growth(memory_limit_mib)
         _score(connection, judge)
@@ -117,6 +118,14 @@ def _score(connection: Connection, judge: Judge) -> None:
         for response in request.responses:
             score = judge.score(response, request.answer)
             connection.send(ScorerReply(score, spent=(score.error or "").startswith(MemoryError.__name__)))
+
+
+def _outlive_requests_to_stop() -> None:
+    """A verdict ends with the controller's word alone; what a user's function starts hears the signals as usual."""
+    stop = (signal.SIGTERM, signal.SIGUSR1)
+    for number in stop:
+        signal.signal(number, lambda number, frame: None)  # not SIG_IGN, which programs that are started would inherit
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stop)
 
 
 def _limit_memory_growth(limit_mib: int) -> None:

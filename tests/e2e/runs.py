@@ -54,3 +54,17 @@ def kill_one(run: Path, kind: str) -> None:
     """kill -9."""
     process, *_ = processes_of(run, kind)
     os.kill(process, signal.SIGKILL)
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that it started, and what these started."""
+    parents = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(process.name)] = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    found = [pid]
+    for parent in found:
+        found += [child for child, its_parent in parents.items() if its_parent == parent]
+    return found[1:]

@@ -1,0 +1,128 @@
+"""The phases of a step: how long they took, and when one of them makes no progress any more."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+from dapo_megatron.config.schema import ClusterConfig
+from dapo_megatron.exit_codes import ExitCode
+from dapo_megatron.types import StalledError
+
+FLOOR_SECONDS = 600.0
+"""No learnt deadline is shorter."""
+FACTOR = 10.0
+"""A learnt deadline is so many times the longest the phase has taken so far."""
+NUM_TO_LEARN = 3
+"""So often a phase must have ended before its history counts."""
+_CLEANUP_SECONDS = 5.0
+_LAST_RESORT_SECONDS = 120.0
+"""After a deadline: how long an event loop that does not act on it keeps the process alive."""
+
+
+@dataclass(slots=True)
+class Deadlines:
+    """How long each phase may take: as configured or else learnt from how long it took before."""
+
+    config: ClusterConfig
+    _longest: dict[str, float] = field(default_factory=dict)
+    _counts: dict[str, int] = field(default_factory=dict)
+
+    def of(self, phase: str) -> float:
+        """In seconds."""
+        if self.config.phase_deadline_seconds is not None or self._counts.get(phase, 0) < NUM_TO_LEARN:
+            return self.config.unlearnt_deadline_seconds
+        return max(FLOOR_SECONDS, FACTOR * self._longest[phase])
+
+    def learn(self, phase: str, seconds: float) -> None:
+        """A phase has ended after so many seconds."""
+        self._counts[phase] = self._counts.get(phase, 0) + 1
+        self._longest[phase] = max(seconds, self._longest.get(phase, 0.0))
+
+    def in_words(self, phase: str) -> str:
+        """Where the deadline of a phase comes from."""
+        if self.config.phase_deadline_seconds is not None:
+            return "cluster.phase_deadline_seconds"
+        if self._counts.get(phase, 0) < NUM_TO_LEARN:
+            return "the deadline without a history; cluster.phase_deadline_seconds sets one"
+        return f"learnt: {FACTOR:g} times the longest so far, {self._longest[phase]:.1f} s; cluster.phase_deadline_seconds sets another"
+
+
+Diagnose = Callable[[str], str]
+"""Takes the words for what stalled, gathers evidence (seconds, blocking), returns a summary."""
+
+
+class PhaseClock:
+    """Runs the phases of a step under their deadlines and keeps their wall-clock seconds."""
+
+    def __init__(
+        self,
+        deadlines: Deadlines,
+        on_phase: Callable[[str], None] = lambda phase: None,
+        diagnose: Diagnose = lambda words: "",
+    ):
+        """`on_phase` hears of each phase as it begins."""
+        self._deadlines, self._on_phase, self._diagnose = deadlines, on_phase, diagnose
+        self._running: tuple[str, float] | None = None
+        self.start_step()
+
+    def start_step(self) -> None:
+        """Begin to count anew."""
+        self._seconds: dict[str, float] = {}
+        self._step_start = time.perf_counter()
+
+    async def run[T](self, phase: str, work: Awaitable[T]) -> T:
+        """Await one phase. StalledError, with the diagnosis, when it is not over at its deadline."""
+        start, deadline = time.perf_counter(), self._deadlines.of(phase)
+        self._on_phase(phase)
+        self._running = (phase, time.monotonic() + deadline)
+        task = asyncio.ensure_future(work)
+        try:
+            done, _ = await asyncio.wait({task}, timeout=deadline)
+            if not done:
+                summary = await asyncio.to_thread(self._diagnose, self._words(phase))
+                raise StalledError(f"{self._words(phase)}. {summary}".rstrip())
+            result = task.result()
+            self._deadlines.learn(phase, time.perf_counter() - start)
+            return result
+        finally:
+            self._running = None
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task}, timeout=_CLEANUP_SECONDS)
+
+    def seconds(self) -> dict[str, float]:
+        """Phase -> seconds of this step, and `step` for all of it."""
+        return {**self._seconds, "step": time.perf_counter() - self._step_start}
+
+    @contextmanager
+    def last_resort(self, *, poll_seconds: float = 5.0, wait_seconds: float = _LAST_RESORT_SECONDS) -> Iterator[None]:
+        """End this process, diagnosed, when a phase is over its deadline and the event loop itself stands still."""
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(poll_seconds):
+                running = self._running
+                if running is None or time.monotonic() < running[1] + wait_seconds:
+                    continue
+                words = f"{self._words(running[0])}, and the controller itself stands still"
+                with suppress(Exception):
+                    print(f"error: {words}. {self._diagnose(words)}", flush=True)
+                os._exit(ExitCode.STALLED)
+
+        thread = threading.Thread(target=watch, name="last-resort", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def _words(self, phase: str) -> str:
+        return f"phase {phase} did not end within {self._deadlines.of(phase):g} s ({self._deadlines.in_words(phase)})"
