@@ -33,7 +33,7 @@ def main() -> None:
         for problem in problems:
             typer.secho(f"error: {problem}", fg="red", err=True)
         raise SystemExit(code_of(error)) from None
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - a job script must tell a bug from what may pass, by the exit code
         traceback.print_exc()
         raise SystemExit(code_of(error)) from None
 

@@ -182,6 +182,7 @@ def _train(
         return 0
     folder.create({"config": resolved_dict(config), "versions": versions(), "commit": commit()})
     with session(config):
+        stop.arm()
         for restarts_left in range(config.run.max_restarts, -1, -1):
             try:
                 ended = _train_once(config, prompts, held_out, identity, folder, start, console, stop)

@@ -23,6 +23,7 @@ class StopRequest:
         self._lock = threading.Lock()
         self._reason: str | None = None
         self._heard_by: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        self._wakeup: socket.socket | None = None
 
     @property
     def reason(self) -> str | None:
@@ -40,6 +41,13 @@ class StopRequest:
                 loop.call_soon_threadsafe(event.set)
                 return
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    def arm(self) -> None:
+        """Take the signals (again): Ray takes SIGTERM for itself when it starts. In the main thread, within `stop_on_signals`."""
+        if self._wakeup is not None:
+            for number in SIGNALS:
+                signal.signal(number, lambda number, frame: None)
+            signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
 
     @contextmanager
     def listening(self) -> Iterator[asyncio.Event]:
@@ -61,7 +69,6 @@ def stop_on_signals() -> Iterator[StopRequest]:
     """Turn the signals into a StopRequest. To be entered by the main thread before it starts threads and processes of its own."""
     request = StopRequest()
     heard, wakeup = socket.socketpair()
-    heard.settimeout(None)
     wakeup.setblocking(False)
 
     def wait() -> None:
@@ -70,9 +77,10 @@ def stop_on_signals() -> Iterator[StopRequest]:
             if number[0] in SIGNALS:
                 request.request(signal.Signals(number[0]).name)
 
-    # A library's thread may exist already, and hear the signal: the byte comes from whichever thread does.
-    handlers = {number: signal.signal(number, lambda number, frame: None) for number in SIGNALS}
-    fd_before = signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    fd_before = signal.set_wakeup_fd(-1)
+    request._wakeup = wakeup
+    request.arm()  # a handler, because a library's thread may exist already and hear the signal: whichever does writes the byte
     mask_before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     thread = threading.Thread(target=wait, name="stop-signals", daemon=True)
     thread.start()
@@ -80,6 +88,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
         yield request
     finally:
         signal.set_wakeup_fd(fd_before)
+        request._wakeup = None
         wakeup.close()
         thread.join()
         heard.close()

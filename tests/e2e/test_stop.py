@@ -17,8 +17,9 @@ from tests.e2e.runs import REPOSITORY, descendants, rows, training_rows
 from tests.e2e.test_exact_resume import assert_same_end, started, wait_for
 
 pytestmark = pytest.mark.timeout(300)
-STOPS = ("1:rollout", "2:train", "3:eval", "3:save", "5:rollout", "5:sync")
-"""Rollout step and phase. phase.json counts a step as done before its evaluation and its save: `3:eval` is that of step 2, after a restart; the sync is that at the start."""
+STOPS = ("1:rollout", "1:train", "3:eval", "3:save", "5:rollout", "5:sync")
+"""Rollout step and phase. phase.json counts a step as done before its evaluation: `3:eval` is that of step 2; `5:sync` comes first after a
+restart."""
 
 
 def run_and_stop(folder: Path, name: str, *stops: str) -> list[int]:

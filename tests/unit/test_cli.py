@@ -104,14 +104,15 @@ def test_exit_code_of_the_run_is_passed_on(monkeypatch, runs, config_file):
     assert call(monkeypatch, "train", config_file) == 3
 
 
-def test_bug_keeps_its_traceback(monkeypatch, runs, config_file):
+def test_bug_keeps_its_traceback_and_is_not_worth_another_start(monkeypatch, runs, config_file, capsys):
     def run(config: Config, *, check_only: bool, strict: bool) -> int:
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(sys.modules["dapo_megatron.train"], "run", run)
     monkeypatch.setattr(sys, "argv", ["dapo-megatron", "train", str(config_file)])
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(SystemExit) as left:
         cli.main()
+    assert left.value.code == 2 and 'raise ZeroDivisionError("a bug")' in capsys.readouterr().err
 
 
 def test_config_command_lists_a_section_with_defaults_and_meanings(monkeypatch, capsys):

@@ -24,7 +24,7 @@ from tests.unit.test_controller import make
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 async def test_a_signal_is_heard_by_the_listener_and_by_no_child(number: signal.Signals):
     with stop_on_signals() as stop, stop.listening() as heard:
-        child = subprocess.Popen(
+        child = subprocess.Popen(  # noqa: ASYNC220 - nobody else waits in this loop
             [sys.executable, "-c", "print(1, flush=True); input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         assert child.stdout is not None and child.stdout.readline()
@@ -50,8 +50,6 @@ def stopping(controller: Any) -> Any:
 
 
 async def test_a_rollout_under_way_is_dropped_and_comes_again(tmp_path: Path):
-    whole, _, _, whole_rows, _ = make(tmp_path / "whole", right={"0"}, num_rollout_steps=3)
-    await whole.run()
     controller, actor, engine, rows, folder = make(tmp_path / "run", right={"0"}, num_rollout_steps=3)
     generate = engine.generate
 
