@@ -17,7 +17,7 @@ from tests.e2e.runs import QUICKSTART
 
 OVERRIDES = (
     *("--cluster.backend", "local", "--actor.tensor_parallel_size", "1", "--train.num_rollout_steps", "6"),
-    *("--eval.interval", "2", "--checkpoint.every", "3", "--metrics.tensorboard", "false"),
+    *("--eval.interval", "2", "--checkpoint.every", "4", "--metrics.tensorboard", "false"),
 )
 
 

@@ -17,8 +17,8 @@ from tests.e2e.runs import REPOSITORY, descendants, rows, training_rows
 from tests.e2e.test_exact_resume import assert_same_end, started, wait_for
 
 pytestmark = pytest.mark.timeout(300)
-STOPS = ("1:rollout", "1:train", "3:eval", "3:save", "5:rollout", "5:sync")
-"""Rollout step and phase. phase.json counts a step as done before its evaluation: `3:eval` is that of step 2; `5:sync` comes first after a
+STOPS = ("1:rollout", "1:train", "3:eval", "4:save", "6:rollout", "6:sync")
+"""Rollout step and phase. phase.json counts a step as done before its evaluation: `3:eval` is that of step 2; `6:sync` comes first after a
 restart."""
 
 
