@@ -447,7 +447,7 @@ class SlurmConfig(Section):
     """Further options of sbatch for them."""
     max_restarts: int = Field(10, ge=0)
     """How often the job puts itself back into the queue: after the time limit, a lost node, a stall or a failure that may not repeat."""
-    signal_lead_seconds: PositiveInt | None = None
+    signal_lead_seconds: int | None = Field(None, ge=1, le=65535)
     """How long before the time limit the run is asked to save. None: from the times that the run has measured, at first 600."""
     modules: tuple[Line, ...] = ()
     """Environment modules to load."""

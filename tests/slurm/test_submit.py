@@ -11,9 +11,10 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from dapo_megatron.launcher.slurm.cancel import cancel
 from dapo_megatron.launcher.slurm.status import lines_of, runs_of, status_of
 from dapo_megatron.launcher.slurm.submit import Request, plan_job, submit
-from dapo_megatron.types import ConfigError
+from dapo_megatron.types import ConfigError, SchedulerError
 from tests.slurm.cluster import Cluster
 from tests.slurm.plays import STAND_IN, Play
 
@@ -40,6 +41,10 @@ pytestmark = pytest.mark.slurm
         (
             ("--gpus-per-node=9", "--actor.num_ranks=9"),
             r"slurm.gpus_per_node \(9\) must be at most 8: no node of partition main has",
+        ),
+        (
+            ("--slurm.cpus_per_node=17",),
+            r"slurm.cpus_per_node \(17\) must be at most 16: no node of partition main has more CPUs",
         ),
         (("--run.dir=/dev/null/run",), r"run.dir \(/dev/null/run\) cannot be written: Not a directory"),
         (("--run.dir=run%j",), r"must be one line of text without % and"),
@@ -95,3 +100,22 @@ def test_a_script_can_be_submitted_by_hand(slurm: Cluster, play: Play, shared_di
     assert runs_of(job) == [run_dir]
     lines = dict(lines_of(status_of(run_dir)))
     assert (lines["job"], Path(lines["log"]).read_text().splitlines()[-1]) == (f"{job} COMPLETED", lines["history"])
+
+
+def test_what_slurm_itself_refuses_is_said_in_its_words(play: Play):
+    with pytest.raises(SchedulerError, match="sbatch: error: .*Invalid feature specification"):
+        play("0", "--slurm.sbatch=[--constraint=none_such]")
+
+
+def test_status_says_why_a_job_waits_and_cancel_ends_it(slurm: Cluster, play: Play):
+    run = play("wait", "--slurm.sbatch=[--begin=now+1hour]")
+    lines = dict(lines_of(status_of(run.folder)))
+    assert lines["job"] == f"{run.job} PENDING"
+    assert lines["reason"].startswith("BeginTime: ") and "; starts 20" in lines["reason"]
+    assert lines["saved"] == "no checkpoint yet"
+    output = io.StringIO()
+    cancel([run.folder], now=False, console=Console(file=output))
+    assert slurm.state(run.job) == "CANCELLED"
+    assert output.getvalue() == f"job {run.job} is cancelled without a further checkpoint\n"
+    with pytest.raises(ConfigError, match="Slurm knows no job 4711"):
+        runs_of("4711")

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dapo_megatron.config.load import load_config
 from dapo_megatron.launcher.slurm import scheduler
-from dapo_megatron.launcher.slurm.lead import signal_lead_seconds
+from dapo_megatron.launcher.slurm.lead import UNMEASURED_SECONDS
 from dapo_megatron.launcher.slurm.record import JobRecords
 from dapo_megatron.launcher.slurm.scheduler import Job
 
@@ -26,17 +25,19 @@ def cancel(run_dirs: Sequence[Path], *, now: bool, console: Console) -> None:
     for run_dir in run_dirs:
         records = JobRecords(run_dir)
         newest = records.newest()
-        job = scheduler.find_job(newest.job_id) if newest else None
+        if newest is None:
+            _say(console, f"{run_dir}: no job was submitted")
+            continue
+        job = scheduler.find_job(newest.job_id)
         if job is None or job.ended:
-            _say(console, f"{run_dir}: " + (f"job {newest.job_id} has ended already" if newest else "no job was submitted"))
+            _say(console, f"{run_dir}: job {newest.job_id} has ended already")
         elif now or job.state != "RUNNING":
             _cancel_now(job, console)
         else:
-            patience = signal_lead_seconds(load_config([records.config_file]), run_dir / "metrics.jsonl")
             records.cancelled_file.write_text(job.job_id + "\n")
             scheduler.signal_batch(job.job_id, "USR1")
             _say(console, f"job {job.job_id} is asked to save a checkpoint and to end; --now ends it at once")
-            asked.append((records, job, time.monotonic() + patience))
+            asked.append((records, job, time.monotonic() + (newest.signal_lead_seconds or UNMEASURED_SECONDS)))
     for records, job, deadline in asked:
         if _ends_by_itself(job.job_id, deadline):
             _say(console, records.last_words() or f"job {job.job_id} has ended")

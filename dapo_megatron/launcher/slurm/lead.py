@@ -13,6 +13,8 @@ from dapo_megatron.config.slurm_text import seconds_of
 UNMEASURED_SECONDS = 600
 """For a run that has no metrics yet."""
 MARGIN = 1.5
+MOST_SECONDS = 65535
+"""What `sbatch --signal` takes."""
 SLURM_SECONDS = 60
 """Slurm looks at its time limits every 30 seconds."""
 NUM_ROWS = 200
@@ -29,7 +31,7 @@ def signal_lead_seconds(config: Config, metrics_file: Path) -> int:
     rows = _rows(metrics_file)
     limit = seconds_of(config.slurm.time)
     wanted = _longest(rows, config.train.rollout_lag == 1) if rows else UNMEASURED_SECONDS
-    return min(wanted, limit // 2) if limit else wanted
+    return min(wanted, limit // 2 if limit else MOST_SECONDS, MOST_SECONDS)
 
 
 def _longest(rows: list[Mapping[str, float]], samples_ahead: bool) -> int:

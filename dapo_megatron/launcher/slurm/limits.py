@@ -96,10 +96,14 @@ def _partition_problems(
     where = f"partition {partition.name}"
     if not partition.up:
         yield f"{where} takes no jobs now ({setting}); use another one."
-    most_gpus = max(partition.gpus_of_nodes, default=0)
-    num_fit = sum(number >= group.gpus_per_node for number in partition.gpus_of_nodes)
+    most_gpus = max((node.gpus for node in partition.nodes), default=0)
+    most_cpus = max((node.cpus for node in partition.nodes), default=0)
+    cpus_wanted = config.slurm.cpus_per_node or 0
+    num_fit = sum(node.gpus >= group.gpus_per_node and node.cpus >= cpus_wanted for node in partition.nodes)
     if group.gpus_per_node > most_gpus:
         yield f"{gpus} ({group.gpus_per_node}) must be at most {most_gpus}: no node of {where} has more GPUs."
+    elif cpus_wanted > most_cpus:
+        yield f"slurm.cpus_per_node ({cpus_wanted}) must be at most {most_cpus}: no node of {where} has more CPUs."
     elif group.nodes > num_fit:
         having = f" with {group.gpus_per_node} GPUs" if group.gpus_per_node else ""
         yield f"{nodes} ({group.nodes}) must be at most {num_fit}, the nodes{having} of {where}; the job would wait for ever."

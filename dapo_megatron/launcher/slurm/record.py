@@ -12,6 +12,7 @@ RUN/slurm/sweep.json     in the folder of a sweep: the names of its runs
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,11 +23,24 @@ from dapo_megatron.launcher.slurm.script import FOLDER, SCRIPT
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """One job of a run. `log` is where its output goes; `submitted` is local time."""
+    """One job of a run; `submitted` is local time."""
 
     job_id: str
     submitted: str
-    log: Path
+    folder: Path
+    """Of the run, or of the sweep."""
+
+    @property
+    def log(self) -> Path:
+        """Output of the script and of the run."""
+        return self.folder / FOLDER / f"{self.job_id}.log"
+
+    @property
+    def signal_lead_seconds(self) -> int | None:
+        """How long the run has to save, by the script; None when it does not say."""
+        script = self.folder / SCRIPT
+        said = re.search(r"^#SBATCH --signal=B:USR1@(\d+)$", script.read_text(), re.MULTILINE) if script.is_file() else None
+        return int(said[1]) if said else None
 
 
 class JobRecords:
@@ -53,8 +67,7 @@ class JobRecords:
         if not lines:
             return None
         job_id, _, submitted = lines[-1].partition(" ")
-        whole = self.run_dir.parent if "_" in job_id else self.run_dir
-        return Submission(job_id, submitted, whole / FOLDER / f"{job_id}.log")
+        return Submission(job_id, submitted, self.run_dir.parent if "_" in job_id else self.run_dir)
 
     def last_words(self) -> str | None:
         """The last line of the history."""

@@ -14,8 +14,6 @@ ENDED = frozenset(
     {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"}
 )
 """States that a job does not leave."""
-USABLE = ("idle", "mixed", "allocated", "completing", "planned", "reserved")
-"""States of a node, or beginnings of one, in which it takes jobs now or later."""
 ANSWER_SECONDS = 60.0
 
 
@@ -45,6 +43,14 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
+class Node:
+    """What a node has."""
+
+    cpus: int
+    gpus: int
+
+
+@dataclass(frozen=True, slots=True)
 class Partition:
     """Limits of a partition, and its nodes."""
 
@@ -54,11 +60,7 @@ class Partition:
     up: bool
     max_seconds: int | None
     max_nodes: int | None
-    num_nodes: int
-    num_usable_nodes: int
-    """Neither down nor drained."""
-    gpus_of_nodes: tuple[int, ...]
-    """GPUs of each node, for every node."""
+    nodes: tuple[Node, ...]
 
 
 def submit(script: Path, folder: Path) -> str:
@@ -76,15 +78,19 @@ def find_job(job_id: str) -> Job | None:
     return _parse_job(job_id, done.stdout)
 
 
+def accounted_state(job_id: str) -> str | None:
+    """How a job ended that `find_job` does not find any more; None where the cluster keeps no accounts."""
+    done = _run("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job_id}", "--format=State")
+    lines = done.stdout.split("\n")
+    return lines[0] if done.returncode == 0 and lines[0] else None
+
+
 def partitions() -> dict[str, Partition]:
     """All that this user sees, by name."""
-    usable: dict[str, set[str]] = {}
-    gpus: dict[str, dict[str, int]] = {}
-    for line in _slurm("sinfo", "--noheader", "--Node", "--format=%R|%N|%T|%G").splitlines():
-        name, node, state, resources = line.split("|", 3)
-        gpus.setdefault(name, {})[node] = _num_gpus(resources)
-        if state.rstrip("*~#!%$@^-+").startswith(USABLE) and not state.endswith("*"):
-            usable.setdefault(name, set()).add(node)
+    nodes: dict[str, list[Node]] = {}
+    for line in _slurm("sinfo", "--noheader", "--Node", "--format=%R|%N|%c|%G").splitlines():
+        name, _, cpus, resources = line.split("|", 3)
+        nodes.setdefault(name, []).append(Node(int(cpus), _num_gpus(resources)))
     found = {}
     for line in _slurm("scontrol", "show", "partition", "--oneliner").splitlines():
         fields = _fields(line)
@@ -96,9 +102,7 @@ def partitions() -> dict[str, Partition]:
             up=fields["State"] == "UP",
             max_seconds=seconds_of(fields["MaxTime"]),
             max_nodes=None if max_nodes == "UNLIMITED" else int(max_nodes),
-            num_nodes=int(fields["TotalNodes"]),
-            num_usable_nodes=len(usable.get(name, ())),
-            gpus_of_nodes=tuple(gpus.get(name, {}).values()),
+            nodes=tuple(nodes.get(name, ())),
         )
     return found
 

@@ -34,6 +34,7 @@ REASONS = {
     "JobHeldUser": "held; scontrol release lets it go",
     "JobHeldAdmin": "held by an administrator",
     "Licenses": "it waits for a licence",
+    "PartitionConfig": "no node of the partition has what it asks for: it would wait for ever, cancel it",
     "PartitionDown": "the partition takes no jobs now",
     "PartitionNodeLimit": "more nodes than the partition gives one job: it would wait for ever, cancel it",
     "PartitionTimeLimit": "a longer time limit than the partition gives: it would wait for ever, cancel it",
@@ -51,6 +52,8 @@ class RunStatus:
     run_dir: Path
     submission: Submission | None
     job: Job | None
+    ended_as: str | None
+    """State by Slurm's accounts, of a job that Slurm has forgotten."""
     last_words: str | None
     phase: PhaseNote | None
     num_rollout_steps: int | None
@@ -86,10 +89,12 @@ def status_of(run_dir: Path) -> RunStatus:
     """What Slurm and the run folder say now."""
     records, folder = JobRecords(run_dir), RunFolder(run_dir)
     submission = records.newest()
+    job = scheduler.find_job(submission.job_id) if submission else None
     return RunStatus(
         run_dir=run_dir,
         submission=submission,
-        job=scheduler.find_job(submission.job_id) if submission else None,
+        job=job,
+        ended_as=scheduler.accounted_state(submission.job_id) if submission and job is None else None,
         last_words=records.last_words(),
         phase=read_phase(folder.phase_file) if folder.phase_file.is_file() else None,
         num_rollout_steps=_num_rollout_steps(records.config_file),
@@ -107,7 +112,7 @@ def show(status: RunStatus, console: Console) -> None:
 def lines_of(status: RunStatus) -> Iterator[tuple[str, str]]:
     """Names and texts, in order."""
     yield "run", str(status.run_dir)
-    yield "job", _job_line(status.submission, status.job)
+    yield "job", _job_line(status)
     if status.job and status.job.state == "PENDING" and status.job.reason:
         words = REASONS.get(status.job.reason)
         starts = f"; starts {status.job.starts} at the latest, as Slurm sees it now" if status.job.starts else ""
@@ -129,11 +134,13 @@ def lines_of(status: RunStatus) -> Iterator[tuple[str, str]]:
     yield "ranks", str(RunFolder(status.run_dir).logs)
 
 
-def _job_line(submission: Submission | None, job: Job | None) -> str:
+def _job_line(status: RunStatus) -> str:
+    submission, job = status.submission, status.job
     if submission is None:
         return "none was submitted for this run folder"
     if job is None:
-        return f"{submission.job_id}, submitted {submission.submitted}; Slurm has forgotten it"
+        state = status.ended_as or "Slurm has forgotten it"
+        return f"{submission.job_id}, submitted {submission.submitted}: {state}"
     if job.state in ("PENDING", "COMPLETED"):
         return f"{job.job_id} {job.state}"
     seconds = job.run_seconds

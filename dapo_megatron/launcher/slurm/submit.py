@@ -91,7 +91,7 @@ def plan_job(request: Request, check: Callable[[Config], object]) -> Plan:
         load_config(files, [*request.overrides, *element.overrides, f"--run.dir={json.dumps(str(folder / element.name))}"])
         for element in elements or (Element("", ()),)
     ]
-    problems = list(dict.fromkeys(problem for config in configs for problem in _problems(config, dry_run=request.dry_run)))
+    problems = _problems(base, configs, dry_run=request.dry_run)
     if elements and base.slurm.rollout_nodes:
         problems.append(
             "--array and slurm.rollout_nodes exclude each other: Slurm has no arrays of heterogeneous jobs; submit each."
@@ -120,18 +120,18 @@ def plan_job(request: Request, check: Callable[[Config], object]) -> Plan:
     return Plan(folder, names, tuple(configs), script)
 
 
-def _problems(config: Config, *, dry_run: bool) -> list[str]:
-    problems = list(device_problems(config))
+def _problems(base: Config, configs: Sequence[Config], *, dry_run: bool) -> list[str]:
+    problems = [problem for config in configs for problem in device_problems(config)]
     try:
-        problems += partition_problems(config, scheduler.partitions())
-        problems += _jobs_under_way(config)
+        problems += partition_problems(base, scheduler.partitions())
+        problems += [problem for config in configs for problem in _jobs_under_way(config)]
     except SchedulerError as error:
         if not dry_run:
             raise
         print(f"not compared with what the cluster has: {error}")
     if not dry_run:
-        problems += folder_problems(config)
-    return problems
+        problems += [problem for config in configs for problem in folder_problems(config)]
+    return list(dict.fromkeys(problems))
 
 
 def _jobs_under_way(config: Config) -> list[str]:
