@@ -35,6 +35,7 @@ from dapo_megatron.layout.report import (
 )
 from dapo_megatron.layout.report_yaml import settings_of, yaml_of
 from dapo_megatron.layout.search import plan
+from dapo_megatron.layout.space import release_problem
 from dapo_megatron.layout.workload import Workload
 from dapo_megatron.types import ConfigError
 
@@ -88,24 +89,29 @@ def run(command: PlanCommand) -> int:
     request = request_of(command, planned)
     # Explained is any layout: none is left out because others are faster.
     found = plan(request if wanted is None else replace(request, top=sys.maxsize))
-    fits = bool(found.candidates)
+    shown = found if wanted is None else _only(found, wanted)
+    chosen = next((candidate for candidate in shown.candidates if release_problem(candidate.layout) is None), None)
     if command.as_json:
-        console.print_json(json.dumps(as_dict(found, command.top), default=str))
+        console.print_json(json.dumps(as_dict(shown, command.top), default=str))
     elif wanted is not None:
-        fits = _explain(found, wanted, console)
+        _explain(found, shown, wanted, console)
     else:
         print_plan(found, command.top, console)
-        if found.candidates:
-            print_settings(found.candidates[0], request, _next_command(command, planned), console)
+        if chosen is not None:
+            print_settings(chosen, request, _next_command(command, planned), console)
     if command.html is not None:
         from dapo_megatron.layout.report_html import write_html
 
-        write_html(found, command.top, command.html)
+        write_html(shown, command.top, command.html)
         _written(command, command.html, "open it in a browser", console)
-    if command.write is not None and found.candidates:
-        _write(command.write, found)
-        _written(command, command.write, "merge it after a run's own files", console)
-    return 0 if fits else 1
+    if command.write is not None:
+        if chosen is None:
+            raise ConfigError(
+                f"--write {command.write} has nothing to write: no layout fits that this version can run; see the reasons."
+            )
+        _write(command.write, chosen, request)
+        _written(command, command.write, f"settings of {chosen.layout}, to merge after a run's own files", console)
+    return 0 if shown.candidates else 1
 
 
 def read_planned(files: Sequence[Path], overrides: Sequence[str], options: Sequence[str] = ()) -> Planned:
@@ -264,28 +270,34 @@ def _length_problems(workload: Workload, planned: Planned) -> list[str]:
     return problems
 
 
-def _explain(found: Plan, wanted: Mapping[str, str], console: Console) -> bool:
-    """The best layout of these sizes, itemised, or why there is none. Whether there is one."""
-    for candidate in found.candidates:
-        if matching(candidate.layout, wanted):
-            print_candidate(found, candidate, console)
-            return True
-    sizes = ",".join(f"{name}={value}" for name, value in wanted.items())
-    rejected = nearest_first([rejection for rejection in found.rejections if matching(rejection.layout, wanted)])
-    if not rejected:
+def _only(found: Plan, wanted: Mapping[str, str]) -> Plan:
+    """The part of a plan that has these sizes. ConfigError when no layout has."""
+    candidates = tuple(candidate for candidate in found.candidates if matching(candidate.layout, wanted))
+    rejections = tuple(nearest_first([rejection for rejection in found.rejections if matching(rejection.layout, wanted)]))
+    if not candidates and not rejections:
         raise ConfigError(
-            f"--explain ({sizes}) is no layout of {found.request.num_actor_gpus} GPUs that was looked at: tp x pp x cp x dp must be their "
-            "number, and tp, pp and ep divide the model; change a size, or leave one out."
+            f"--explain ({_words(wanted)}) is no layout of {found.request.num_actor_gpus} GPUs that was looked at: tp x pp x cp x dp must be "
+            "their number, and tp, pp and ep divide the model; change a size, or leave one out."
         )
-    say(console, f"No layout with {sizes} fits:", style="bold")
-    print_rejections(rejected[:NUM_EXPLAINED], console)
-    if len(rejected) > NUM_EXPLAINED:
-        say(console, f"and {len(rejected) - NUM_EXPLAINED} more; --json has them all")
-    return False
+    return replace(found, candidates=candidates, rejections=rejections)
 
 
-def _write(file: Path, found: Plan) -> None:
-    best, request = found.candidates[0], found.request
+def _explain(found: Plan, shown: Plan, wanted: Mapping[str, str], console: Console) -> None:
+    """The best layout of these sizes, itemised, or why there is none."""
+    if shown.candidates:
+        print_candidate(found, shown.candidates[0], console)
+        return
+    say(console, f"No layout with {_words(wanted)} fits:", style="bold")
+    print_rejections(shown.rejections[:NUM_EXPLAINED], console)
+    if len(shown.rejections) > NUM_EXPLAINED:
+        say(console, f"and {len(shown.rejections) - NUM_EXPLAINED} more; --json has them all")
+
+
+def _words(wanted: Mapping[str, str]) -> str:
+    return ",".join(f"{name}={value}" for name, value in wanted.items())
+
+
+def _write(file: Path, best: Candidate, request: PlanRequest) -> None:
     comments = (
         f"{best.layout} for {request.model_name} on {request.num_gpus} x {request.gpu.name}, by dapo-megatron plan:",
         f"{best.time.step_seconds:.0f} s a rollout step, {gb(train_peak_bytes(best))} GB on the fullest GPU in training.",

@@ -53,7 +53,7 @@ def print_settings(candidate: Candidate, request: PlanRequest, submit: str, cons
     """The YAML of a layout, ready to paste, and the command that starts it."""
     console.print()
     say(console, f"Settings of {candidate.layout}:", style="bold")
-    console.print(Padding(Text(yaml_of(candidate.layout, request).rstrip(), style="cyan"), (0, 0, 0, 2)))
+    console.print(Padding(Text(yaml_of(candidate.layout, request).rstrip(), style="cyan"), (0, 0, 0, 2), expand=False))
     console.print()
     console.print(submit, style="green", highlight=False, markup=False, soft_wrap=True)
 
@@ -89,7 +89,7 @@ def print_rejections(rejections: Sequence[Rejection], console: Console) -> None:
 
 def say(console: Console, text: str, style: str | None = None, *, indent: int = 0) -> None:
     """A paragraph as it is, wrapped at the console's width."""
-    console.print(Padding(Text(text), (0, 0, 0, indent)), style=style, highlight=False, markup=False)
+    console.print(Padding(Text(text), (0, 0, 0, indent), expand=False), style=style, highlight=False, markup=False)
 
 
 def heading(request: PlanRequest) -> str:
@@ -161,14 +161,14 @@ def kinds(plan: Plan) -> dict[RejectionKind, int]:
 
 
 def _table(plan: Plan, best: Sequence[Candidate]) -> Table:
-    numbers = ("train GB", "step s", "rollout", "train", "tok/s/GPU", "MFU")
+    numbers = ("train GB", "step s", "rollout", "train", "tok/s", "MFU")
     table = Table(
         "",
-        Column("layout", no_wrap=True),
+        Column("layout", min_width=18),
         Column("tokens", justify="right", no_wrap=True),
-        Column("recompute", no_wrap=True),
+        Column("recompute", overflow="fold", min_width=16),
         Column("engines", no_wrap=True),
-        *(Column(name, justify="right", no_wrap=True) for name in numbers),
+        *(Column(name, justify="right", no_wrap=True, min_width=len(name)) for name in numbers),
         title=f"{len(plan.candidates):,} of {plan.num_enumerated:,} layouts fit; the best of each cut of the model",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),

@@ -97,6 +97,12 @@ def test_explained_layout_is_itemised(monkeypatch, capsys, model):
     assert "host memory of a node" in text and "checkpoint: " in text
 
 
+def test_explained_sizes_alone_are_in_the_json(monkeypatch, capsys, model):
+    plan = as_json(monkeypatch, capsys, model, *SMALL, "--explain", "tp=4,pp=1,cp=1")
+    assert {layout["settings"]["actor"]["tensor_parallel_size"] for layout in plan["layouts"]} == {4}
+    assert all(rejection["layout"].startswith("TP4 DP2") for rejection in plan["rejections"])
+
+
 def test_explained_layout_that_does_not_fit_has_its_reason_with_numbers(monkeypatch, capsys):
     assert call(monkeypatch, MODEL_FILE, "--gpus", 16, "--gpu", "h100-80", "--explain", "tp=2,pp=1") == 1
     text = words(capsys)
@@ -108,7 +114,7 @@ def test_stored_model_is_the_published_one():
     assert json.loads(MODEL_FILE.read_text()) == QWEN2_5_32B
 
 
-@pytest.mark.parametrize("more", [(), ("--rollout-gpus", "4"), ("--explain", "tp=2")])
+@pytest.mark.parametrize("more", [(), ("--rollout-gpus", "4"), ("--explain", "tp=8"), ("--all",)])
 def test_written_settings_are_those_of_the_plan(monkeypatch, capsys, model, run_file, tmp_path, more):
     file = tmp_path / "layout.yaml"
     assert call(monkeypatch, run_file, *SMALL, *more, "--write", file) == 0
@@ -116,6 +122,7 @@ def test_written_settings_are_those_of_the_plan(monkeypatch, capsys, model, run_
     config = load_config([run_file, file])
     assert check_layout(config, QWEN3_8B) == []
     assert str(layout_of(config)) in text
+    assert config.actor.tensor_parallel_size == 8 or "--explain" not in more
     assert config.cluster.gpu == "h100-80" and (config.slurm.nodes, config.slurm.gpus_per_node) == (1, 8)
     assert config.cluster.placement == ("split" if "--rollout-gpus" in more else "colocated")
     assert config.actor.world_size == (4 if "--rollout-gpus" in more else 8)
@@ -153,10 +160,13 @@ def test_model_with_experts_is_planned_with_a_note(monkeypatch, capsys, tmp_path
     assert "EP" in text
 
 
-def test_nothing_fits(monkeypatch, capsys):
-    assert call(monkeypatch, MODEL_FILE, "--gpus", 1, "--gpu", "a100-80") == 1
+def test_nothing_fits_and_nothing_is_written(monkeypatch, capsys, tmp_path):
+    arguments = (MODEL_FILE, "--gpus", 1, "--gpu", "a100-80")
+    assert call(monkeypatch, *arguments) == 1
     text = words(capsys)
     assert "No layout fits." in text and "GPU memory is too small" in text
+    assert call(monkeypatch, *arguments, "--write", tmp_path / "layout.yaml") == 2
+    assert "has nothing to write" in capsys.readouterr().err and not (tmp_path / "layout.yaml").exists()
 
 
 @pytest.mark.parametrize(
