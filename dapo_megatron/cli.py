@@ -376,6 +376,9 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything, every rejection included, as JSON.")] = False,
     html: Annotated[Path | None, typer.Option("--html", help="Write one self-contained page with figures.")] = None,
     write: Annotated[Path | None, typer.Option("--write", help="Write the best layout's settings as YAML.")] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option("--calibrate", metavar="RUN", help="Correct times and lengths by the measured steps of a run.")
+    ] = None,
 ) -> None:
     """Choose a parallel layout: what fits in memory, how long a step takes, what is best, and why the rest is not.
 
@@ -388,6 +391,7 @@ def plan(
     - `dapo-megatron plan run.yaml --gpu h200 --write layout.yaml`, then `dapo-megatron train run.yaml layout.yaml`
     - `dapo-megatron plan run.yaml --gpu h100-80 --explain tp=4,pp=2`: memory of each stage, time of each part, or what rejects it
     - `dapo-megatron plan config.json --gpus 64 --gpu b200 --rollout-gpus 16 --html plan.html`: engines on GPUs of their own
+    - `dapo-megatron plan run.yaml --gpus 256 --gpu h100-80 --calibrate runs/hot`: times corrected by a run's own steps
 
     `dapo-megatron probe` measures the best ones. Exit code 1: no layout fits. Exit code 2: this cannot be planned, mend the input.
     """
@@ -420,6 +424,7 @@ def plan(
         as_json=as_json,
         html=html,
         write=write,
+        calibrate=calibrate,
         options=[name for parameter in context.command.params for name in parameter.opts if name.startswith("--")],
     )
     raise typer.Exit(run(command))

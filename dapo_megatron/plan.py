@@ -16,8 +16,10 @@ from dapo_megatron.config.checks import read_hf_config
 from dapo_megatron.config.fields import did_you_mean, nearest
 from dapo_megatron.config.load import load_config
 from dapo_megatron.config.schema import Config
+from dapo_megatron.layout.calibration import calibrated, calibration_of
 from dapo_megatron.layout.explain import matching, parse_sizes
-from dapo_megatron.layout.from_config import gpu_of, num_rollout_gpus, workload_of
+from dapo_megatron.layout.from_config import gpu_of, layout_of, num_rollout_gpus, workload_of
+from dapo_megatron.layout.from_config import request_of as config_request
 from dapo_megatron.layout.hardware import Gpu, gpu_named, known_gpus, read_gpus
 from dapo_megatron.layout.model_shape import ModelShape
 from dapo_megatron.layout.plan import Candidate, Plan, PlanRequest
@@ -66,6 +68,7 @@ class PlanCommand:
     as_json: bool
     html: Path | None
     write: Path | None
+    calibrate: Path | None
     options: Sequence[str] = ()
     """Names of all options, for the one that is meant by a misspelt one."""
 
@@ -163,7 +166,7 @@ def request_of(command: PlanCommand, planned: Planned) -> PlanRequest:
     ]
     if problems:
         raise ConfigError(problems)
-    return PlanRequest(
+    request = PlanRequest(
         model_name=planned.model_name,
         model=ModelShape.from_hf(planned.hf_config),
         workload=workload,
@@ -174,6 +177,7 @@ def request_of(command: PlanCommand, planned: Planned) -> PlanRequest:
         only_runnable=not command.include_unrunnable,
         top=command.top,
     )
+    return request if command.calibrate is None else _calibrated(request, command.calibrate)
 
 
 def as_dict(found: Plan, top: int) -> dict[str, Any]:
@@ -268,6 +272,17 @@ def _length_problems(workload: Workload, planned: Planned) -> list[str]:
         if mean is not None and not 0 < mean <= most:
             problems.append(f"--mean-{name} ({mean:g}) must be above 0 and at most --{name} ({most}); change one of the two.")
     return problems
+
+
+def _calibrated(request: PlanRequest, run_dir: Path) -> PlanRequest:
+    """With what the steps of a run say, compared with the plan of that run's own model, devices, layout and batch."""
+    past = read_planned([run_dir], [])
+    if past.config is None:
+        raise ConfigError(f"--calibrate ({run_dir}) must be the folder of a run; give a run.dir.")
+    own = replace(
+        config_request(past.config, past.hf_config, gpu_of(past.config) or request.gpu), gpus_per_node=request.gpus_per_node
+    )
+    return calibrated(request, calibration_of(own, layout_of(past.config), run_dir))
 
 
 def _only(found: Plan, wanted: Mapping[str, str]) -> Plan:

@@ -141,6 +141,35 @@ def test_run_folder_is_planned_by_its_configuration(monkeypatch, capsys, run_fil
     assert "64 prompts x 16 samples" in words(capsys)
 
 
+@pytest.fixture
+def past_run(run_file: Path, tmp_path: Path) -> Path:
+    """A run of two steps whose responses had 500 tokens."""
+    engine = ["--rollout.engine.type=sglang", "--rollout.num_engines=8", "--actor.num_ranks=8", "--actor.tensor_parallel_size=4"]
+    config = load_config([run_file], engine)
+    (tmp_path / "config.json").write_text(json.dumps({"config": resolved_dict(config), "versions": {}}))
+    times = {"time/rollout_seconds": 1e4, "time/train_seconds": 2e4, "time/sync_seconds": 3e3}
+    rows = [{"rollout_step": step, "rollout/response_length_tokens": 500.0, **times} for step in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_measured_steps_of_a_run_correct_times_and_lengths(monkeypatch, capsys, run_file, past_run):
+    arguments = (run_file, "--gpus", 8, "--gpu", "h100-80", "--top", 1)
+    plain = as_json(monkeypatch, capsys, *arguments)["layouts"][0]
+    assert call(monkeypatch, *arguments, "--calibrate", past_run) == 0
+    text = words(capsys)
+    assert "on average 256 + 500" in text and f"corrected by 1 steps of {past_run}: rollout x" in text
+    assert as_json(monkeypatch, capsys, *arguments, "--calibrate", past_run)["layouts"][0]["step_seconds"] > plain["step_seconds"]
+
+
+def test_calibration_by_what_is_no_run_is_refused(monkeypatch, capsys, model, run_file, past_run):
+    assert call(monkeypatch, run_file, *SMALL, "--calibrate", model) == 2
+    assert "must be the folder of a run" in capsys.readouterr().err
+    (past_run / "metrics.jsonl").unlink()
+    assert call(monkeypatch, run_file, *SMALL, "--calibrate", past_run) == 2
+    assert "holds no metrics.jsonl" in capsys.readouterr().err
+
+
 def test_gpus_of_a_file_of_ones_own(monkeypatch, capsys, model, tmp_path):
     file = tmp_path / "gpus.yaml"
     fields = {
