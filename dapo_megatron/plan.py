@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from dapo_megatron.config.fields import did_you_mean, nearest
 from dapo_megatron.config.load import load_config
 from dapo_megatron.config.schema import Config
 from dapo_megatron.layout.calibration import calibrated, calibration_of
-from dapo_megatron.layout.explain import matching, parse_sizes
+from dapo_megatron.layout.explain import cut_matching, matching, parse_sizes
 from dapo_megatron.layout.from_config import gpu_of, layout_of, num_rollout_gpus, workload_of
 from dapo_megatron.layout.from_config import request_of as config_request
 from dapo_megatron.layout.hardware import Gpu, gpu_named, known_gpus, read_gpus
@@ -90,14 +90,12 @@ def run(command: PlanCommand) -> int:
     wanted = None if command.explain is None else parse_sizes(command.explain)
     planned = read_planned(command.files, command.overrides, command.options)
     request = request_of(command, planned)
-    # Explained is any layout: none is left out because others are faster.
-    found = plan(request if wanted is None else replace(request, top=sys.maxsize))
-    shown = found if wanted is None else _only(found, wanted)
-    chosen = next((candidate for candidate in shown.candidates if release_problem(candidate.layout) is None), None)
+    found = plan(request) if wanted is None else _only(plan(request, partial(cut_matching, wanted=wanted)), wanted)
+    chosen = next((candidate for candidate in found.candidates if release_problem(candidate.layout) is None), None)
     if command.as_json:
-        console.print_json(json.dumps(as_dict(shown, command.top), default=str))
+        console.print_json(json.dumps(as_dict(found, command.top), default=str))
     elif wanted is not None:
-        _explain(found, shown, wanted, console)
+        _explain(found, wanted, console)
     else:
         print_plan(found, command.top, console)
         if chosen is not None:
@@ -105,7 +103,7 @@ def run(command: PlanCommand) -> int:
     if command.html is not None:
         from dapo_megatron.layout.report_html import write_html
 
-        write_html(shown, command.top, command.html)
+        write_html(found, command.top, command.html)
         _written(command, command.html, "open it in a browser", console)
     if command.write is not None:
         if chosen is None:
@@ -114,7 +112,7 @@ def run(command: PlanCommand) -> int:
             )
         _write(command.write, chosen, request)
         _written(command, command.write, f"settings of {chosen.layout}, to merge after a run's own files", console)
-    return 0 if shown.candidates else 1
+    return 0 if found.candidates else 1
 
 
 def read_planned(files: Sequence[Path], overrides: Sequence[str], options: Sequence[str] = ()) -> Planned:
@@ -186,6 +184,7 @@ def as_dict(found: Plan, top: int) -> dict[str, Any]:
         "model": found.request.model_name,
         "gpu": found.request.gpu.name,
         "num_gpus": found.request.num_gpus,
+        "workload": asdict(found.request.workload),
         "num_layouts": found.num_enumerated,
         "num_fitting": len(found.candidates),
         "notes": found.notes,
@@ -297,15 +296,15 @@ def _only(found: Plan, wanted: Mapping[str, str]) -> Plan:
     return replace(found, candidates=candidates, rejections=rejections)
 
 
-def _explain(found: Plan, shown: Plan, wanted: Mapping[str, str], console: Console) -> None:
+def _explain(found: Plan, wanted: Mapping[str, str], console: Console) -> None:
     """The best layout of these sizes, itemised, or why there is none."""
-    if shown.candidates:
-        print_candidate(found, shown.candidates[0], console)
+    if found.candidates:
+        print_candidate(found, found.candidates[0], console)
         return
     say(console, f"No layout with {_words(wanted)} fits:", style="bold")
-    print_rejections(shown.rejections[:NUM_EXPLAINED], console)
-    if len(shown.rejections) > NUM_EXPLAINED:
-        say(console, f"and {len(shown.rejections) - NUM_EXPLAINED} more; --json has them all")
+    print_rejections(found.rejections[:NUM_EXPLAINED], console)
+    if len(found.rejections) > NUM_EXPLAINED:
+        say(console, f"and {len(found.rejections) - NUM_EXPLAINED} more; --json has them all")
 
 
 def _words(wanted: Mapping[str, str]) -> str:

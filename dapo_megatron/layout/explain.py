@@ -25,6 +25,10 @@ SIZES: Mapping[str, Callable[[Layout], str]] = {
 """How each size is told, by its name in --explain."""
 
 
+OF_CUTS = frozenset({"tp", "pp", "vpp", "cp", "ep", "etp", "dp", "first", "last"})
+"""Sizes that a cut of the model has before micro-batches, recompute and engines are chosen."""
+
+
 def parse_sizes(text: str) -> dict[str, str]:
     """`tp=4,pp=2` -> {"tp": "4", "pp": "2"}. ConfigError for an unknown name or a part without a value."""
     wanted = {}
@@ -42,3 +46,8 @@ def parse_sizes(text: str) -> dict[str, str]:
 def matching(layout: Layout, wanted: Mapping[str, str]) -> bool:
     """Whether a layout has all of these sizes."""
     return all(SIZES[name](layout) == value for name, value in wanted.items())
+
+
+def cut_matching(cut: Layout, wanted: Mapping[str, str]) -> bool:
+    """Whether a layout of this cut can have all of these sizes."""
+    return matching(cut, {name: value for name, value in wanted.items() if name in OF_CUTS})

@@ -61,8 +61,8 @@ def print_settings(candidate: Candidate, request: PlanRequest, submit: str, cons
 def print_candidate(plan: Plan, candidate: Candidate, console: Console) -> None:
     """One layout, itemised: memory of every stage in every phase, time of every part."""
     say(console, heading(plan.request), style="bold")
-    place = f"place {plan.candidates.index(candidate) + 1} of {len(plan.candidates)} that fit"
-    say(console, f"{describe(candidate.layout)}: {place}; limited by {candidate.limit}")
+    others = f", the fastest of {len(plan.candidates)} that fit" if len(plan.candidates) > 1 else ", the only one that fits"
+    say(console, f"{describe(candidate.layout)}{others}; limited by {candidate.limit}")
     stages = _distinct_stages(candidate.memory.stages)
     for phase in candidate.memory.stages[0].phases:
         console.print(_memory_table(phase.phase, stages, plan.request.gpu.memory_bytes))

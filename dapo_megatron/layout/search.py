@@ -9,7 +9,7 @@ not fit with few tokens does not fit with more.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from dapo_megatron.layout.engine_choice import fastest_rollout_seconds, with_engines
@@ -30,13 +30,18 @@ MIN_CUTS = 60
 """Cuts that are looked at in full in any case, so that the picture of the space has more than its best corner."""
 
 
-def plan(request: PlanRequest) -> Plan:
-    """All layouts that fit, fastest first, and every other with its reason. No device is touched."""
+def plan(request: PlanRequest, only: Callable[[Layout], bool] | None = None) -> Plan:
+    """All layouts that fit, fastest first, and every other with its reason. No device is touched.
+
+    `only` restricts the answer to cuts for which it is true; of those none is left out because others are faster.
+    """
     search = _Search.of(request)
     candidates: list[Candidate] = []
     rejections: list[Rejection] = []
     bounded: list[tuple[float, int, Layout]] = []
     for number, cut in enumerate(cuts(request)):
+        if only is not None and not only(cut.layout if isinstance(cut, Rejection) else cut):
+            continue
         if isinstance(cut, Rejection):
             rejections.append(cut)
         else:
@@ -44,7 +49,7 @@ def plan(request: PlanRequest) -> Plan:
     bounded.sort()
     fastest: list[float] = []  # minus the seconds of the `top` fastest so far, a heap
     for done, (bound, _, cut) in enumerate(bounded):
-        if done >= MIN_CUTS and len(fastest) == request.top and bound > -fastest[0]:
+        if only is None and done >= MIN_CUTS and len(fastest) == request.top and bound > -fastest[0]:
             rejections.append(_bounded_out(cut, bound, -fastest[0]))
             continue
         for found in search.of_cut(cut):

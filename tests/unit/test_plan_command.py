@@ -84,7 +84,7 @@ def test_json_accounts_for_every_layout_byte_and_second(monkeypatch, capsys, mod
 def test_explained_layout_is_itemised(monkeypatch, capsys, model):
     assert call(monkeypatch, model, *SMALL, "--explain", "tp=2,pp=2,recompute=full") == 0
     text = words(capsys)
-    assert "TP2 PP2" in text and "recompute full" in text and " that fit; limited by " in text
+    assert "TP2 PP2" in text and "recompute full" in text and " that fit; limited by " in text and "the fastest of " in text
     for part in (
         "GPU memory, training",
         "GPU memory, rollout",
@@ -154,12 +154,12 @@ def past_run(run_file: Path, tmp_path: Path) -> Path:
 
 
 def test_measured_steps_of_a_run_correct_times_and_lengths(monkeypatch, capsys, run_file, past_run):
-    arguments = (run_file, "--gpus", 8, "--gpu", "h100-80", "--top", 1)
+    arguments = (run_file, "--gpus", 8, "--gpu", "h100-80", "--explain", "tp=4,pp=1")
     plain = as_json(monkeypatch, capsys, *arguments)["layouts"][0]
-    assert call(monkeypatch, *arguments, "--calibrate", past_run) == 0
-    text = words(capsys)
-    assert "on average 256 + 500" in text and f"corrected by 1 steps of {past_run}: rollout x" in text
-    assert as_json(monkeypatch, capsys, *arguments, "--calibrate", past_run)["layouts"][0]["step_seconds"] > plain["step_seconds"]
+    corrected = as_json(monkeypatch, capsys, *arguments, "--calibrate", past_run)
+    assert corrected["workload"]["mean_response_tokens"] == 500
+    assert f"corrected by 1 steps of {past_run}: rollout x" in " ".join(corrected["notes"])
+    assert corrected["layouts"][0]["step_seconds"] > plain["step_seconds"]
 
 
 def test_calibration_by_what_is_no_run_is_refused(monkeypatch, capsys, model, run_file, past_run):
@@ -183,10 +183,10 @@ def test_gpus_of_a_file_of_ones_own(monkeypatch, capsys, model, tmp_path):
 
 def test_model_with_experts_is_planned_with_a_note(monkeypatch, capsys, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_235B_A22B))
-    assert call(monkeypatch, tmp_path, "--gpus", 64, "--gpu", "b200", "--top", 1) == 0
-    text = words(capsys)
-    assert "note: this version converts models with experts and does not train them yet" in text
-    assert "EP" in text
+    arguments = (tmp_path, "--gpus", 64, "--gpu", "b200", "--explain", "tp=4,pp=4,ep=8,etp=1")
+    plan = as_json(monkeypatch, capsys, *arguments)
+    assert any("converts models with experts and does not train them yet" in note for note in plan["notes"])
+    assert all(layout["layout"].startswith("TP4 PP4") and "EP8" in layout["layout"] for layout in plan["layouts"])
 
 
 def test_nothing_fits_and_nothing_is_written(monkeypatch, capsys, tmp_path):
