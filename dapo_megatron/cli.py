@@ -367,7 +367,7 @@ def plan(
     ] = None,
     everything: Annotated[
         bool,
-        typer.Option("--all", help="Plan also what this version cannot run: context parallelism, offload, models with experts."),
+        typer.Option("--all", help="Plan also what this version cannot run, such as context parallelism."),
     ] = False,
     top: Annotated[int, typer.Option("--top", min=1, help="Layouts to show.")] = 10,
     explain: Annotated[

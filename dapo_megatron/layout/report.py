@@ -236,7 +236,7 @@ def _memory_table(phase: str, stages: Sequence[tuple[str, StageMemory]], capacit
     for name in _item_names(accounts):
         table.add_row(name, *(_or_nothing(account.bytes_of(name)) for account in accounts))
     table.add_section()
-    table.add_row(f"of {gb(capacity)}", *(gb(account.total_bytes) for account in accounts), style="bold")
+    table.add_row(f"sum, of {gb(capacity)}", *(gb(account.total_bytes) for account in accounts), style="bold")
     return table
 
 

@@ -12,15 +12,17 @@ import pytest
 import yaml
 from rich.console import Console
 
+from dapo_megatron.config.checks import check_layout
 from dapo_megatron.config.load import load_config
 from dapo_megatron.config.schema import Config
 from dapo_megatron.layout.explain import matching, parse_sizes
 from dapo_megatron.layout.from_config import fit_problem, layout_of, request_of, workload_of
 from dapo_megatron.layout.hardware import gpu_named
 from dapo_megatron.layout.layout import EngineLayout, Layout, Recompute
-from dapo_megatron.layout.plan import PlanRequest
+from dapo_megatron.layout.plan import Candidate, PlanRequest
 from dapo_megatron.layout.report_figures import wrapped
 from dapo_megatron.layout.report_yaml import actor_overrides, yaml_of
+from dapo_megatron.layout.search import evaluate, plan
 from dapo_megatron.train import check_fit
 from dapo_megatron.types import ConfigError
 from tests.published_configs import QWEN2_5_32B
@@ -55,6 +57,24 @@ def test_layout_comes_back_from_the_settings_written_for_it(layout: Layout, tmp_
     found = layout_of(load_config([base, file]))
     assert replace(found, num_micro_batches=1) == layout
     assert layout_of(load_config([base], actor_overrides(layout))).tensor_parallel_size == layout.tensor_parallel_size
+
+
+@pytest.mark.parametrize("placement", ["colocated", "split"])
+def test_run_with_the_settings_of_a_planned_layout_is_planned_as_that_layout(tmp_path: Path, placement: str):
+    engine = {"num_engines": 4, "engine": {"type": "sglang", "tensor_parallel_size": 4}}
+    tree = BASE | {"actor": {"num_ranks": 16}, "rollout": engine, "cluster": {"placement": placement}}
+    base, file = tmp_path / "base.yaml", tmp_path / "layout.yaml"
+    base.write_text(yaml.safe_dump(tree))
+    asked = request_of(load_config([base]), QWEN2_5_32B, gpu_named("h200"))
+    found = plan(asked)
+    assert found.candidates
+    for candidate in found.candidates[:: len(found.candidates) // 12 or 1]:
+        file.write_text(yaml_of(candidate.layout, asked))
+        config = load_config([base, file])
+        assert check_layout(config, QWEN2_5_32B) == []
+        assert layout_of(config) == candidate.layout
+        again = evaluate(request_of(config, QWEN2_5_32B, asked.gpu), layout_of(config))
+        assert isinstance(again, Candidate) and again.memory == candidate.memory and again.time == candidate.time
 
 
 def test_number_of_micro_batches_is_that_of_mean_lengths():

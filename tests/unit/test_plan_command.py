@@ -277,7 +277,14 @@ def test_page_is_drawn_by_a_browser_and_fetches_nothing(monkeypatch, capsys, mod
         pytest.skip("needs a browser: install chromium")
     done = subprocess.run(
         [
-            *(browser, "--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND"),
+            *(
+                browser,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-dev-shm-usage",
+                "--host-resolver-rules=MAP * ~NOTFOUND",
+            ),
             *(f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=8000", "--dump-dom", page.as_uri()),
         ],
         capture_output=True,
