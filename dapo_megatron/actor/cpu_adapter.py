@@ -11,7 +11,8 @@ and nothing is slower at run time. What the tree rewriting does:
     f(..., pin_memory=...)        -> f(...)
     torch.compile                 -> uncompiled below: importing its compilers takes seconds, and compiling needs a C++ compiler
     x.record_stream(...)          -> None
-    from flash_mla import ...     -> ImportError: the package comes with SGLang and raises OSError where there is no CUDA driver
+    import flashinfer, ...        -> ImportError: packages of GPU kernels, which come with SGLang, take two thirds of a rank's start to
+                                     import, and flash_mla raises OSError without a CUDA driver
 
 Besides, the places that look for apex's or TransformerEngine's FusedAdam find CpuAdam.
 """
@@ -41,6 +42,7 @@ from dapo_megatron.actor.cpu_adam import CpuAdam
 _DEVICE_NAME, _UNCOMPILED_NAME = "__cpu_device__", "__uncompiled__"
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dapo_megatron" / "cpu_adapter"
 """Rewritten bytecode: compiling all of megatron-core takes seconds, in every rank."""
+_GPU_KERNELS = ("flash_attn", "flash_attn_3", "flash_mla", "flashinfer")
 _REWRITING = sys.version.encode() + Path(__file__).read_bytes()
 """What the bytecode depends on besides its source."""
 
@@ -143,11 +145,11 @@ class _ToCpu(ast.NodeTransformer):
             return ast.copy_location(ast.Name(_DEVICE_NAME if node.attr == "cuda" else _UNCOMPILED_NAME, node.ctx), node)
         return node
 
+    def visit_Import(self, node: ast.Import) -> ast.stmt:
+        return _absent_if_for_gpus(node, node.names[0].name)
+
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.stmt:
-        if node.module != "flash_mla":
-            return node
-        absent = ast.Call(ast.Name("ImportError", ast.Load()), [ast.Constant("flash_mla needs CUDA")], [])
-        return ast.copy_location(ast.Raise(absent), node)
+        return node if node.level else _absent_if_for_gpus(node, node.module or "")
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
         self.generic_visit(node)
@@ -157,6 +159,14 @@ class _ToCpu(ast.NodeTransformer):
             node.func.attr, node.args, node.keywords = "cpu", [], []
         node.keywords = [keyword for keyword in node.keywords if keyword.arg != "pin_memory"]
         return node
+
+
+def _absent_if_for_gpus(node: ast.stmt, module: str) -> ast.stmt:
+    package = module.split(".")[0]
+    if package not in _GPU_KERNELS:
+        return node
+    absent = ast.Call(ast.Name("ImportError", ast.Load()), [ast.Constant(f"{package} needs CUDA")], [])
+    return ast.copy_location(ast.Raise(absent), node)
 
 
 class _CpuLoader(importlib.machinery.SourceFileLoader):

@@ -1,4 +1,6 @@
-"""Imported once by the fork server: everything a rank needs."""
+"""Imported once by the fork server: everything a rank needs, and what the files import in which its program stands."""
+
+import gc
 
 import torch
 
@@ -7,4 +9,13 @@ from dapo_megatron.actor import cpu_adapter
 cpu_adapter.install()
 torch.set_num_threads(1)
 
+import pytest  # noqa: F401
+import torch._dynamo
+
+import checkpoint_tools.cli  # noqa: F401
 import dapo_megatron.actor.worker  # noqa: F401
+import tests.distributed.programs
+import tests.tiny_models  # noqa: F401
+
+gc.collect()
+gc.freeze()  # a rank's collections leave what it shares with the server alone
