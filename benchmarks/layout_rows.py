@@ -86,12 +86,15 @@ def read_rows(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
-def inputs_of(row: Mapping[str, str]) -> RowInputs:
-    """A row in the planner's words. Refusal when it says too little, or is of something that is not modelled."""
+def inputs_of(row: Mapping[str, str], *, for_time: bool = False) -> RowInputs:
+    """A row in the planner's words. Refusal when it says too little, or is of something that is not modelled.
+
+    `for_time`: what only memory does not model (low precision, CUDA graphs) is let through.
+    """
     framework = _framework(row["source"])
     convention = _CONVENTIONS.get(framework, _Convention())
     recipe = _recipe(row["model"]) if row["model"].startswith("mlm:") else {}
-    _refuse_what_is_not_modelled(row, recipe)
+    _refuse_what_is_not_modelled(row, recipe, for_time)
     shape = _shape(row, framework, recipe)
     layout = _layout(row, shape, recipe)
     options = MemoryOptions(
@@ -143,19 +146,21 @@ def _recipe(model: str) -> dict[str, Any]:
     raise Refusal(f"the recipe {name} is not in data/megatron_lm_recipes.yaml: vocabulary and MLP are not in the row")
 
 
-def _refuse_what_is_not_modelled(row: Mapping[str, str], recipe: Mapping[str, Any]) -> None:
+def _refuse_what_is_not_modelled(row: Mapping[str, str], recipe: Mapping[str, Any], for_time: bool) -> None:
     if "refused" in recipe:
         raise Refusal(recipe["refused"])
     if row["phase"] not in ("pretrain", "sft", ""):
         raise Refusal(f"phase {row['phase']}: what else is on the device (inference buffers, adapters) is not published")
-    if row["precision"].lower() not in ("bf16", ""):
-        raise Refusal(f"precision {row['precision']}: low-precision copies of weights and activations are not modelled")
-    if re.search(r"cuda ?graph", row["note"], re.IGNORECASE) and not re.search(r"no cuda ?graph", row["note"], re.IGNORECASE):
-        raise Refusal("the memory pools of CUDA graphs are not modelled")
     if "does not divide the GPU count" in row["note"]:
         raise Refusal("the layout does not divide the published number of GPUs")
     if row["model"].startswith("mlm:") and row["gpu"].startswith("GB"):
         raise Refusal("Megatron-LM's recipes do not say how many nodes of 4 GPUs they ran on")
+    if for_time:
+        return
+    if row["precision"].lower() not in ("bf16", ""):
+        raise Refusal(f"precision {row['precision']}: low-precision copies of weights and activations are not modelled")
+    if re.search(r"cuda ?graph", row["note"], re.IGNORECASE) and not re.search(r"no cuda ?graph", row["note"], re.IGNORECASE):
+        raise Refusal("the memory pools of CUDA graphs are not modelled")
 
 
 def _shape(row: Mapping[str, str], framework: str, recipe: Mapping[str, Any]) -> ModelShape:

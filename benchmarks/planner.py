@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import mean, median
 
 from benchmarks.layout_rows import FACTS, GIB, Refusal, RowInputs, inputs_of, read_rows, without_duplicates
+from benchmarks.planner_time import print_time
 from dapo_megatron.layout.hardware import known_gpus
 from dapo_megatron.layout.memory import reserved_bytes, train_allocated_bytes, with_margin
 
@@ -123,7 +124,9 @@ def print_memory(rows: list[dict[str, str]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("layouts", type=Path, nargs="?", default=FACTS, help="CSV file of published layouts")
-    print_memory(read_rows(parser.parse_args().layouts))
+    rows = read_rows(parser.parse_args().layouts)
+    print_memory(rows)
+    print_time(rows)
 
 
 if __name__ == "__main__":

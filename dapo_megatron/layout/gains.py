@@ -30,16 +30,22 @@ _PHASE_WORDS: dict[Phase, str] = {
 
 
 def limit_of(memory: MemoryPlan, time: StepTime, gpu: Gpu) -> str:
-    """The longest phase, what it waits for most, and how full the fullest GPU is."""
+    """The longest phase, what it waits for most, and how full the fullest GPU is outside generation, whose KV cache fills it anyway."""
     phase = max(PHASES, key=time.phase_seconds)
     if phase == "rollout" and time.decode_bound is not None:
         reason = time.decode_bound
     else:
         reason = max((item for item in time.items if item.phase == phase), key=lambda item: item.seconds).name
     share = time.phase_seconds(phase) / time.step_seconds
+    peak, stage, busy = max(
+        (account.total_bytes, -stage.stage, account.phase)
+        for stage in memory.stages
+        for account in stage.phases
+        if account.phase != "rollout"
+    )
     return (
         f"{_PHASE_WORDS[phase]} {share:.0%} of the step ({reason}); "
-        f"{memory.peak_bytes / 1e9:.1f} of {gpu.memory_bytes / 1e9:.1f} GB on stage {memory.fullest.stage}"
+        f"{_PHASE_WORDS[busy]} {peak / 1e9:.1f} of {gpu.memory_bytes / 1e9:.1f} GB on stage {-stage}"
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
-from dapo_megatron.layout.efficiency import EFFICIENCIES
+from dapo_megatron.layout.efficiency import EFFICIENCIES, Efficiency
 from dapo_megatron.layout.flops import attention_core_flops
 from dapo_megatron.layout.hardware import Gpu
 from dapo_megatron.layout.layout import Layout, Recompute
@@ -85,13 +85,20 @@ class Machine:
 
     gpu: Gpu
     options: TimeOptions = TimeOptions()
+    shares: Efficiency | None = None
+    """None: those of the GPU's generation."""
+
+    @property
+    def efficiency(self) -> Efficiency:
+        """The shares of peaks that kernels reach."""
+        return EFFICIENCIES[self.gpu.efficiency] if self.shares is None else self.shares
 
     def __hash__(self) -> int:
-        return hash((self.gpu.name, self.options))  # for the caches: a model's own hash goes through all of its fields
+        return hash((self.gpu.name, self.options, self.shares))  # for the caches: a model's own hash goes through all of its fields
 
     def matmul(self, rows: float, columns: float, depth: float, count: float = 1) -> float:
         """`count` products [rows, depth] x [depth, columns]: arithmetic, plus the bytes of all three, plus launches."""
-        efficiency = EFFICIENCIES[self.gpu.efficiency]
+        efficiency = self.efficiency
         peak = self.gpu.bf16_tflops
         if self.options.precision == "fp8":
             peak = self.gpu.fp8_tflops or peak
@@ -105,13 +112,13 @@ class Machine:
 
     def attention(self, flops: float, *, backward: bool) -> float:
         """The attention kernel in bf16."""
-        efficiency = EFFICIENCIES[self.gpu.efficiency]
+        efficiency = self.efficiency
         share = efficiency.attention_backward if backward else efficiency.attention_forward
         return flops / (self.gpu.bf16_tflops * 1e12 * share) + efficiency.launch_seconds
 
     def stream(self, num_bytes: float, num_kernels: int = 1) -> float:
         """Element-wise kernels that read and write so many bytes together."""
-        efficiency = EFFICIENCIES[self.gpu.efficiency]
+        efficiency = self.efficiency
         return num_bytes / (self.gpu.hbm_gb_per_second * 1e9 * efficiency.memory) + num_kernels * efficiency.launch_seconds
 
     def collective(self, num_bytes: float, group: int, stride: int = 1) -> float:
@@ -125,7 +132,7 @@ class Machine:
         """Every rank sends `num_bytes`, spread evenly over a group of neighbours; what leaves the node takes the network."""
         if group == 1:
             return 0.0
-        efficiency = EFFICIENCIES[self.gpu.efficiency]
+        efficiency = self.efficiency
         near = min(group, self.gpu.nvlink_domain_gpus)
         inside = num_bytes * (near - 1) / group / (self.gpu.nvlink_gb_per_second * 1e9 * efficiency.link)
         outside = num_bytes * (group - near) / group / (self.gpu.internode_gb_per_second * 1e9 * efficiency.network)
@@ -133,7 +140,7 @@ class Machine:
 
     def link(self, group: int, stride: int) -> tuple[float, float]:
         """Bytes per second and latency of a ring; over nodes the members in one node use their network cards together."""
-        efficiency = EFFICIENCIES[self.gpu.efficiency]
+        efficiency = self.efficiency
         nvlink = self.gpu.nvlink_gb_per_second * 1e9 * efficiency.link
         if group * stride <= self.gpu.nvlink_domain_gpus:
             return nvlink, COLLECTIVE_LATENCY_SECONDS

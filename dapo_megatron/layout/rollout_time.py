@@ -11,7 +11,6 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from dapo_megatron.layout.efficiency import EFFICIENCIES
 from dapo_megatron.layout.flops import attention_core_flops, forward_flops, head_flops
 from dapo_megatron.layout.layer_time import Machine
 from dapo_megatron.layout.layout import EngineLayout
@@ -79,7 +78,7 @@ class Decoder:
 
     def parts(self, batch: NDArray[np.float64], context: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
         """Seconds for weights, for the KV cache, for arithmetic, and the constant part, of a step of `batch` sequences."""
-        gpu, efficiency = self.machine.gpu, EFFICIENCIES[self.machine.gpu.efficiency]
+        gpu, efficiency = self.machine.gpu, self.machine.efficiency
         bandwidth = gpu.hbm_gb_per_second * 1e9 * efficiency.memory
         flops = batch * (
             2 * num_active_params(self.shape) + 2 * self.shape.num_layers * attention_core_flops(self.shape) * context
@@ -170,7 +169,7 @@ def _prefill(machine: Machine, shape: ModelShape, engine: EngineLayout, workload
     num_prompts = workload.num_prompts_per_step * workload.over_sampling / engine.num_engines
     tokens = num_prompts * workload.prompt_tokens
     flops = forward_flops(shape, tokens, tokens * workload.prompt_tokens) - tokens * head_flops(shape)
-    efficiency = EFFICIENCIES[machine.gpu.efficiency]
+    efficiency = machine.efficiency
     return flops / engine.tensor_parallel_size / (machine.gpu.bf16_tflops * 1e12 * efficiency.matmul)
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from dapo_megatron.layout.calibration import Calibration
-from dapo_megatron.layout.efficiency import EFFICIENCIES
 from dapo_megatron.layout.flops import training_flops
 from dapo_megatron.layout.layer_time import Machine
 from dapo_megatron.layout.layout import Layout
@@ -157,7 +156,7 @@ def _train_items(update: UpdateSeconds, workload: Workload) -> list[TimeItem]:
 
 def _sync_items(machine: Machine, shape: ModelShape, layout: Layout, owned: float, held: float) -> list[TimeItem]:
     """One stream of bf16 weights through the slowest link on the way; swaps go over PCIe out and back."""
-    gpu, efficiency = machine.gpu, EFFICIENCIES[machine.gpu.efficiency]
+    gpu, efficiency = machine.gpu, machine.efficiency
     engine = layout.engine
     assert engine is not None, "only a layout with engines has a sync"
     num_gpus = layout.world_size + (0 if engine.colocated else engine.num_gpus)
