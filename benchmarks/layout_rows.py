@@ -122,6 +122,12 @@ def inputs_of(row: Mapping[str, str], *, for_time: bool = False) -> RowInputs:
     )
 
 
+def shape_of_row(row: Mapping[str, str]) -> ModelShape:
+    """The model of a row, whatever its layout. Refusal for an unknown one."""
+    recipe = _recipe(row["model"]) if row["model"].startswith("mlm:") else {}
+    return _shape(row, _framework(row["source"]), recipe)
+
+
 def _framework(source: str) -> str:
     names = {
         "simumax": "SimuMax",

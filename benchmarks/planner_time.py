@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from statistics import mean, median
 
-from benchmarks.layout_rows import Refusal, RowInputs, inputs_of
+from benchmarks.layout_rows import Refusal, RowInputs, inputs_of, shape_of_row
 from dapo_megatron.config.layout_rules import divisors
 from dapo_megatron.layout.efficiency import Efficiency
 from dapo_megatron.layout.flops import training_flops_per_token
@@ -120,14 +120,14 @@ def score_flops(rows: list[dict[str, str]]) -> list[FlopsScore]:
     """Of the rows that publish TFLOP/s and tokens/s."""
     scores = []
     for row in rows:
-        if not (row["tok_per_s_gpu"] and row["tflops_gpu"]):
+        if not (row["tok_per_s_gpu"] and row["tflops_gpu"] and row["seq"]):
             continue
         try:
-            inputs = next(_variants(row))
+            shape = shape_of_row(row)
         except Refusal:
             continue
         published = float(row["tflops_gpu"]) * 1e12 / float(row["tok_per_s_gpu"])
-        predicted = training_flops_per_token(inputs.shape, inputs.sequence_tokens)
+        predicted = training_flops_per_token(shape, int(row["seq"]))
         scores.append(FlopsScore(row["id"], row["model"], predicted, published))
     return scores
 

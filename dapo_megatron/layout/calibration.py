@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
 NUM_WARM_UP_STEPS = 1
 """First steps of a run that are left out: kernels are chosen and buffers grow in them."""
-FILE_NAME = "calibration.json"
 _PHASES = ("rollout", "train", "sync")
 
 
@@ -44,12 +42,6 @@ class Calibration:
     def factor(self, phase: str) -> float:
         """Of a phase of `StepTime`; old log-probs are part of what a run measures as training."""
         return {"rollout": self.rollout, "log_probs": self.train, "train": self.train, "sync": self.sync}[phase]
-
-    def write(self, run_dir: Path) -> Path:
-        """Keep the record in the run folder; returns the file."""
-        file = run_dir / FILE_NAME
-        file.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        return file
 
 
 def calibration_of(request: PlanRequest, layout: Layout, run_dir: Path) -> Calibration:
@@ -79,12 +71,6 @@ def calibration_of(request: PlanRequest, layout: Layout, run_dir: Path) -> Calib
     if not factors:
         raise ConfigError(f"{run_dir}/metrics.jsonl has no time/{'_seconds, time/'.join(_PHASES)}_seconds; give another run.")
     return Calibration(str(run_dir), len(rows), **factors, mean_response_tokens=lengths, over_sampling=over_sampling)
-
-
-def read_calibration(run_dir: Path) -> Calibration | None:
-    """The record that `Calibration.write` left in a run folder; None where there is none."""
-    file = run_dir / FILE_NAME
-    return Calibration(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
 def calibrated(request: PlanRequest, calibration: Calibration) -> PlanRequest:

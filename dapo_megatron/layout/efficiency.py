@@ -2,7 +2,7 @@
 
 A matrix product costs flops / (peak x share) + bytes / (bandwidth x share) + a launch: small and thin products are slower because their
 bytes and their launch weigh more, without a table of shapes. The shares below are the only numbers of `plan` that were fitted;
-`benchmarks/planner.py` fits them and prints how well.
+`benchmarks/planner_fit.py` fits them and prints how well.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Efficiency:
 
 
 EFFICIENCIES: Mapping[str, Efficiency] = {
-    "ampere": Efficiency(0.66, 0.50, 0.41, 0.85, 0.60, 0.75, 5e-6, "2 rows: Megatron-LM, 7B on 8 A100"),
+    "ampere": Efficiency(0.65, 0.38, 0.38, 0.90, 0.81, 0.75, 5e-6, "2 rows: Megatron-LM, 7B on 8 A100"),
     "hopper": Efficiency(
-        0.69, 0.48, 0.30, 0.85, 0.55, 0.75, 5e-6, "11 rows: Megatron-LM, 7B on 8 H100 and 2B to 462B on up to 6144"
+        0.65, 0.41, 0.27, 0.88, 0.57, 0.75, 5e-6, "11 rows: Megatron-LM, 7B on 8 H100, 2B to 462B on 48 to 6144"
     ),
-    "b200": Efficiency(0.52, 0.45, 0.35, 0.86, 0.39, 0.75, 5e-6, "43 rows: SimuMax, dense and MoE slices on 8 B200"),
+    "b200": Efficiency(0.52, 0.40, 0.37, 0.90, 0.36, 0.75, 5e-6, "43 rows: SimuMax, slices of dense and MoE models on 8 B200"),
 }
-"""By the name that a GPU entry refers to. `network` and `launch_seconds` are assumed, not fitted."""
+"""By the name that a GPU entry refers to. `network` and `launch_seconds` are assumed, not fitted; so is all of GB200, as B200."""

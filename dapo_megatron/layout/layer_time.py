@@ -94,7 +94,9 @@ class Machine:
         return EFFICIENCIES[self.gpu.efficiency] if self.shares is None else self.shares
 
     def __hash__(self) -> int:
-        return hash((self.gpu.name, self.options, self.shares))  # for the caches: a model's own hash goes through all of its fields
+        return hash(
+            (self.gpu.name, self.options, self.shares)
+        )  # for the caches: a model's own hash goes through all of its fields
 
     def matmul(self, rows: float, columns: float, depth: float, count: float = 1) -> float:
         """`count` products [rows, depth] x [depth, columns]: arithmetic, plus the bytes of all three, plus launches."""

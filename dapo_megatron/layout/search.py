@@ -26,12 +26,16 @@ from dapo_megatron.layout.step_time import StepTime, step_time
 from dapo_megatron.layout.train_time import layer_counts, micro_batches, update_seconds
 
 GIB = 2**30
+EQUAL = 0.02
+"""Share of a step below which layouts are as fast as each other: the model is not better than that."""
+MAX_EQUAL_CUTS = 120
+"""Cuts up to which one that may be as fast as the fastest, and simpler, is looked at although enough are faster."""
 MIN_CUTS = 60
 """Cuts that are looked at in full in any case, so that the picture of the space has more than its best corner."""
 
 
 def plan(request: PlanRequest, only: Callable[[Layout], bool] | None = None) -> Plan:
-    """All layouts that fit, fastest first, and every other with its reason. No device is touched.
+    """All layouts that fit, fastest first and of equal ones the simplest, and every other with its reason. No device is touched.
 
     `only` restricts the answer to cuts for which it is true; of those none is left out because others are faster.
     """
@@ -49,9 +53,11 @@ def plan(request: PlanRequest, only: Callable[[Layout], bool] | None = None) -> 
     bounded.sort()
     fastest: list[float] = []  # minus the seconds of the `top` fastest so far, a heap
     for done, (bound, _, cut) in enumerate(bounded):
-        if only is None and done >= MIN_CUTS and len(fastest) == request.top and bound > -fastest[0]:
-            rejections.append(_bounded_out(cut, bound, -fastest[0]))
-            continue
+        if only is None and done >= MIN_CUTS and len(fastest) == request.top:
+            shown = -fastest[0] if done >= MAX_EQUAL_CUTS else max(-fastest[0], -max(fastest) * (1 + EQUAL))
+            if bound > shown:
+                rejections.append(_bounded_out(cut, bound, shown))
+                continue
         for found in search.of_cut(cut):
             if isinstance(found, Rejection):
                 rejections.append(found)
@@ -60,7 +66,7 @@ def plan(request: PlanRequest, only: Callable[[Layout], bool] | None = None) -> 
             heapq.heappush(fastest, -found.time.step_seconds)
             if len(fastest) > request.top:
                 heapq.heappop(fastest)
-    candidates.sort(key=lambda candidate: candidate.time.step_seconds)
+    candidates = _ranked(candidates)
     best = [replace(candidate, gains=gains_of(request, candidate, search.options)) for candidate in candidates[: request.top]]
     return Plan(request, (*best, *candidates[request.top :]), tuple(rejections), _notes(request))
 
@@ -70,6 +76,22 @@ def time_of(request: PlanRequest, layout: Layout) -> StepTime:
     search = _Search.of(request)
     memory = plan_memory(request.model, layout, request.gpu.memory_bytes, search.options, {0})
     return search.time(layout, memory.kv_cache_tokens)
+
+
+def _ranked(candidates: list[Candidate]) -> list[Candidate]:
+    """By time; of those that are as fast as the fastest, those with fewer chunks, even stages, fewer cuts and no offload first."""
+    by_time = sorted(candidates, key=lambda candidate: candidate.time.step_seconds)
+    if not by_time:
+        return []
+    longest = by_time[0].time.step_seconds * (1 + EQUAL)
+    equal = [candidate for candidate in by_time if candidate.time.step_seconds <= longest]
+    return [*sorted(equal, key=lambda candidate: _intricacy(candidate.layout)), *by_time[len(equal) :]]
+
+
+def _intricacy(layout: Layout) -> tuple[int, bool, int]:
+    is_uneven = layout.num_layers_in_first_pipeline_stage is not None or layout.num_layers_in_last_pipeline_stage is not None
+    cuts = layout.model_parallel_size * layout.expert_parallel_size * layout.expert_tensor_parallel_size
+    return layout.num_chunks + 2 * is_uneven, layout.swap_optimizer, cuts
 
 
 def _bounded_out(cut: Layout, bound: float, worst: float) -> Rejection:

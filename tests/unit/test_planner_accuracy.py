@@ -17,7 +17,7 @@ ROWS = {row["id"]: row for row in read_rows(FACTS)}
 def test_peaks_of_the_stored_facts():
     scores, refused = score_memory(read_rows(FACTS))
     errors = [abs(score.error) for score in scores]
-    assert len(scores) == len(ROWS) and not refused
+    assert len(scores) == sum(bool(row["peak_mem_GB"]) for row in ROWS.values()) and not refused
     assert mean(errors) <= 0.01 and max(errors) <= 0.04
 
 
