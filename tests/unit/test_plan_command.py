@@ -70,7 +70,8 @@ def test_json_accounts_for_every_layout_byte_and_second(monkeypatch, capsys, mod
     assert plan["num_layouts"] == plan["num_fitting"] + sum(rejection["num_layouts"] for rejection in plan["rejections"])
     assert all(rejection["reason"] for rejection in plan["rejections"])
     best = plan["layouts"][0]
-    assert best["step_seconds"] == min(layout["step_seconds"] for layout in plan["layouts"])
+    # Of layouts that are as fast as each other the simplest comes first.
+    assert best["step_seconds"] <= 1.02 * min(layout["step_seconds"] for layout in plan["layouts"])
     assert sum(item["seconds"] for item in best["time"]) == pytest.approx(best["step_seconds"])
     phases = [phase for stage in best["stages"] for phase in stage["phases"]]
     assert max(sum(item["num_bytes"] for item in phase["items"]) for phase in phases) == best["peak_bytes"]
