@@ -15,8 +15,10 @@ import os
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 from dapo_megatron.config.schema import Config, SglangEngineConfig
 from dapo_megatron.rollout.sglang_server import ServerSpec, SglangServer
@@ -58,9 +60,9 @@ TRANSPORTS: tuple[Transport, ...] = ("tensor", "distributed", "disk")
 NUM_RANKS = 2
 
 
-def main() -> None:
-    """Print a row for each transport."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(device: Literal["cpu", "cuda"] = "cpu", description: str | None = __doc__) -> None:
+    """Print a row for each transport. On GPUs rank i has GPU i, the server the next one, and it sees that of rank 0."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--bucket-mib", type=int, default=128)
     parser.add_argument("--repetitions", type=int, default=3)
@@ -72,9 +74,10 @@ def main() -> None:
         spec = ServerSpec(
             name="engine 0",
             model_dir=folder,
-            config=SglangEngineConfig(dtype="bf16", max_total_tokens=4096),
+            config=SglangEngineConfig(dtype="bf16", max_total_tokens=4096, mem_fraction_static=0.3 if device == "cuda" else None),
             extra={"load_format": "dummy"},
-            device="cpu",
+            device=device,
+            gpu_ids=(NUM_RANKS, 0) if device == "cuda" else None,
         )
         rules = PushRules(
             bucket_bytes=arguments.bucket_mib * 2**20,
@@ -84,7 +87,8 @@ def main() -> None:
         )
         server = SglangServer(spec, folder / "server.log")
         try:
-            reports = _push(folder, server.start(600), rules, arguments.repetitions)
+            endpoint = replace(server.start(600), gpu_ids=spec.gpu_ids or ())
+            reports = _push(folder, endpoint, rules, arguments.repetitions)
         finally:
             server.stop()
     first = next(iter(reports.values()))[0]
@@ -127,6 +131,8 @@ def _push(folder: Path, endpoint: EngineEndpoint, rules: PushRules, repetitions:
 def _rank(
     rank: int, folder: Path, endpoint: EngineEndpoint, rules: PushRules, repetitions: int, results: multiprocessing.Queue
 ) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(rank) if endpoint.gpu_ids else ""
+
     from dapo_megatron.actor import cpu_adapter
 
     cpu_adapter.install()
@@ -156,7 +162,7 @@ def _rank(
     for repetition in range(repetitions + 1):
         for transport in TRANSPORTS:
             number += 1
-            report = pusher.push(number, {endpoint: transport})
+            report = pusher.push(number, {endpoint: transport}, gpu_id=rank if endpoint.gpu_ids else None)
             if report is not None:
                 if report.failures:
                     raise SystemExit(f"{transport}: {report.failures}")

@@ -171,6 +171,10 @@ class EngineEndpoint:
     api_key: str | None = field(default=None, repr=False)
     log_file: Path | None = None
     """Its output; None for a server that the run did not start."""
+    gpu_ids: tuple[int, ...] = ()
+    """GPUs of the machine that it sees; empty where that is not known."""
+    life: int = 0
+    """How often it was lost and has come back under the same URL: nothing of its earlier lives is there any more."""
 
 
 class DapoMegatronError(Exception):

@@ -51,12 +51,14 @@ class FrozenActor:
             raise CheckpointError("there are no weights to send; load_weights must come first")
         yield from self._sender.send(version)
 
-    def push_weights(self, version: int, endpoints: Sequence[EngineEndpoint], node: str) -> PushReport | None:
-        """Bring the weights to rollout servers, see `WeightPusher.push`; the report on rank 0, whose machine has the address `node`."""
+    def push_weights(
+        self, version: int, endpoints: Sequence[EngineEndpoint], node: str, gpu_id: int | None = None
+    ) -> PushReport | None:
+        """Bring the weights to rollout servers, see `WeightPusher.push`; the report on rank 0, which is on GPU `gpu_id` of `node`."""
         if self._sender is None:
             raise CheckpointError("there are no weights to send; load_weights must come first")
         pusher = configured_pusher(self._config, self.mapping, live_boxes(self._modules))
-        return pusher.push(version, transports(self._config, endpoints, node))
+        return pusher.push(version, transports(self._config, endpoints, node), gpu_id)
 
     def close(self) -> None:
         """Leave the process groups."""

@@ -3,32 +3,47 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import xxhash
 from torch import Tensor
 
 from dapo_megatron.actor.live_weights import LiveBox
 from dapo_megatron.actor.weight_sender import ASSEMBLER, WeightSender
 from dapo_megatron.config.schema import Config
 from dapo_megatron.types import EngineEndpoint, EngineError, FingerprintError
+from dapo_megatron.weights.codecs import Fp8Codec, fp8_codec
 from dapo_megatron.weights.engine_layout import engine_layout
 from dapo_megatron.weights.held_hashes import HeldHashes, differences
+from dapo_megatron.weights.hf_files import HfFiles
 from dapo_megatron.weights.plan import ModelMapping
-from dapo_megatron.weights.transports.channel import Channel, StagedBucket
+from dapo_megatron.weights.sync import WIRE_ITEMSIZE, BucketPlan
+from dapo_megatron.weights.transports.channel import (
+    Channel,
+    StagedBucket,
+    StagedTensor,
+    encode,
+    plain_entries,
+    quantised_entries,
+)
 from dapo_megatron.weights.transports.disk import DiskChannel, VersionFolder
-from dapo_megatron.weights.transports.distributed import DistributedChannel
+from dapo_megatron.weights.transports.distributed import DistributedChannels
 from dapo_megatron.weights.transports.fan_out import FanOut
 from dapo_megatron.weights.transports.records import PushReport, PushRules, Transport
 from dapo_megatron.weights.transports.server import WeightServer
 from dapo_megatron.weights.transports.tensor import TensorChannel, shared_memory
 
 LOOPBACK = "127.0.0.1"
+SLOWEST_BYTES_PER_SECOND = 20e6
+"""A server that loads or hashes a model slower than this is taken for hung."""
 _MEMCPY_BYTES = 64 * 2**20
 _NUM_MEMCPY_RUNS = 3
 
@@ -38,56 +53,91 @@ type _Kind = tuple[int, Literal["cpu", "cuda"]]
 
 
 class WeightPusher:
-    """One per rank, collective. Extra memory on the assembler: two buckets; on the others a bucket's own part."""
+    """One per rank, collective.
 
-    def __init__(self, mapping: ModelMapping, hf_config: Mapping[str, Any], live: Sequence[LiveBox], rules: PushRules):
-        self._mapping, self._hf_config, self._rules = mapping, hf_config, rules
+    Extra memory on the assembler: two buckets and, with a codec, one more on its device; on the others a bucket's own part.
+    """
+
+    def __init__(
+        self,
+        mapping: ModelMapping,
+        hf_config: Mapping[str, Any],
+        live: Sequence[LiveBox],
+        rules: PushRules,
+        codec: Fp8Codec | None = None,
+    ):
+        """`codec`: how the servers want weights that are quantised."""
+        self._mapping, self._hf_config, self._rules, self._codec = mapping, hf_config, rules, codec
         self._sender = WeightSender(mapping, live, rules.bucket_bytes, whole_tensors=True, dtype=getattr(torch, rules.dtype))
-        self._buffers: tuple[Tensor, ...] = (torch.empty(0), torch.empty(0))
-        self._groups: dict[EngineEndpoint, DistributedChannel] = {}
+        self._device = live[0].data.device
+        self._buckets = [self._layout(plan) for plan in self._sender.plan.buckets]
+        self._host_buffers: tuple[Tensor, ...] = ()
+        self._groups = DistributedChannels(rules.timeout_seconds)
         if dist.get_rank() == ASSEMBLER:
-            self._buffers = tuple(shared_memory(self._sender.plan.largest_bucket_bytes) for _ in self._buffers)
             self._bytes_per_second = _memcpy_bytes_per_second()
 
-    def push(self, version: int, targets: Mapping[EngineEndpoint, Transport]) -> PushReport | None:
+    def push(self, version: int, targets: Mapping[EngineEndpoint, Transport], gpu_id: int | None = None) -> PushReport | None:
         """Bring the present weights to the servers; None on ranks that are not the assembler.
 
-        A server that dies or refuses is a failure in the report; the others get the version. FingerprintError when a server that got
-        it holds something else.
+        `gpu_id` is the assembler's GPU, as `EngineEndpoint.gpu_ids` counts them. A server that dies or refuses is a failure in the
+        report; the others get the version. FingerprintError when a server that got it holds something else.
         """
         if dist.get_rank() != ASSEMBLER:
             for plan in self._sender.plan.buckets:
-                self._sender.gather(plan, self._buffers[0])
+                self._sender.gather(plan, torch.empty(0))
             return None
         start = time.perf_counter()
         folder = VersionFolder(self._directory(), version) if "disk" in targets.values() else None
         hashes = self._hashes(targets) if self._rules.check_hashes else {}
-        with ThreadPoolExecutor(len(targets) + 1) as pool:
-            channels = [self._channel(endpoint, transport, version, folder) for endpoint, transport in targets.items()]
-            fan_out = FanOut(channels, list(hashes.values()), pool)
-            self._send(fan_out, version)
-            sent = time.perf_counter()
-            wrong = self._check(fan_out, hashes, pool) if hashes else []
-        if folder:
-            folder.remove()
+        try:
+            with ThreadPoolExecutor(len(targets) + 1) as pool:
+                channels = [self._channel(endpoint, transport, version, folder) for endpoint, transport in targets.items()]
+                fan_out = FanOut(channels, list(hashes.values()), pool)
+                on_device = self._device.type == "cuda" and all(reads_gpu(*target, gpu_id) for target in targets.items())
+                self._send(fan_out, version, on_device=on_device)
+                sent = time.perf_counter()
+                wrong = self._check(fan_out, hashes, pool) if hashes else []
+        finally:
+            if folder:
+                folder.remove()
         if wrong:
             raise FingerprintError(
                 f"weights of version {version} are not what the engines hold; do not generate with them: {'; '.join(wrong)}"
             )
-        now, num_bytes = time.perf_counter(), sum(plan.num_bytes for plan in self._sender.plan.buckets)
+        now, num_bytes = time.perf_counter(), sum(bucket.sent[-1].stop for bucket in self._buckets)
         return PushReport(version, num_bytes, now - start, now - sent, num_bytes / self._bytes_per_second, dict(fan_out.failures))
 
-    def _send(self, fan_out: FanOut, version: int) -> None:
+    def _send(self, fan_out: FanOut, version: int, *, on_device: bool) -> None:
         fan_out.open()
-        plans = self._sender.plan.buckets
-        for index, plan in enumerate(plans):
-            payload = self._buffers[index % 2][: plan.num_bytes]
-            self._sender.gather(plan, payload)
+        for index, bucket in enumerate(self._buckets):
+            payload = self._payload(index, on_device=on_device)
+            if self._codec is None:
+                self._sender.gather(bucket.plan, payload)
+            else:
+                gathered = torch.empty(bucket.plan.num_bytes, dtype=torch.uint8, device=self._device)
+                self._sender.gather(bucket.plan, gathered)
+                encode(bucket.gathered, gathered, bucket.sent, payload, self._codec)
             fan_out.wait()
-            shapes = {piece.name: self._mapping.hf_tensors[piece.name] for piece in plan.pieces}
-            is_last = index + 1 == len(plans)
-            fan_out.start(StagedBucket(version, index, is_last, self._sender.wire_dtype, plan, shapes, payload))
+            is_last = index + 1 == len(self._buckets)
+            fan_out.start(StagedBucket(version, index, is_last, bucket.sent, payload, self._codec))
         fan_out.close()
+        if on_device:
+            torch.cuda.ipc_collect()
+
+    def _layout(self, plan: BucketPlan) -> _Bucket:
+        names = [(piece.name, self._mapping.hf_tensors[piece.name]) for piece in plan.pieces]
+        gathered = plain_entries(names, self._sender.wire_dtype)
+        return _Bucket(plan, gathered, quantised_entries(gathered, self._codec) if self._codec else gathered)
+
+    def _payload(self, index: int, *, on_device: bool) -> Tensor:
+        """Memory for a bucket. On the GPU it is new each time: torch lets memory be shared once; on the host there are two, in turns."""
+        num_bytes = self._buckets[index].sent[-1].stop
+        if on_device:
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        if not self._host_buffers:
+            largest = max(bucket.sent[-1].stop for bucket in self._buckets)
+            self._host_buffers = (shared_memory(largest), shared_memory(largest))
+        return self._host_buffers[index % 2][:num_bytes]
 
     def _hashes(self, targets: Iterable[EngineEndpoint]) -> dict[_Kind, HeldHashes]:
         itemsize = getattr(torch, self._rules.dtype).itemsize
@@ -116,9 +166,7 @@ class WeightPusher:
             return DiskChannel(server, folder, version)
         if transport == "tensor":
             return TensorChannel(server)
-        if endpoint not in self._groups:
-            self._groups[endpoint] = DistributedChannel(server, self._rules.timeout_seconds)
-        return self._groups[endpoint]
+        return self._groups.of(server)
 
     def _server(self, endpoint: EngineEndpoint) -> WeightServer:
         return WeightServer(endpoint, self._rules.timeout_seconds, self._rules.model_timeout_seconds)
@@ -131,6 +179,22 @@ class WeightPusher:
         return self._rules.directory
 
 
+@dataclass(frozen=True, slots=True)
+class _Bucket:
+    """What a bucket holds as the ranks give it, and as it is sent."""
+
+    plan: BucketPlan
+    gathered: tuple[StagedTensor, ...]
+    sent: tuple[StagedTensor, ...]
+
+
+def reads_gpu(endpoint: EngineEndpoint, transport: Transport, gpu_id: int | None) -> bool:
+    """Whether the server can take weights out of the memory of the sender's GPU: through NCCL, or mapped where it sees this GPU."""
+    if endpoint.device != "cuda":
+        return False
+    return transport == "distributed" or (transport == "tensor" and gpu_id in endpoint.gpu_ids)
+
+
 def _kind(endpoint: EngineEndpoint) -> _Kind:
     return endpoint.tensor_parallel_size, endpoint.device
 
@@ -140,14 +204,26 @@ def configured_pusher(config: Config, mapping: ModelMapping, live: Sequence[Live
     engine = config.rollout.engine
     if engine.type != "sglang":
         raise EngineError(f"weights are pushed to servers, rollout.engine.type ({engine.type}) is none; set it to sglang")
+    dtype: Literal["float32", "bfloat16"] = "float32" if engine.dtype == "fp32" else "bfloat16"
+    num_bytes = sum(math.prod(shape) for shape in mapping.hf_tensors.values()) * WIRE_ITEMSIZE[dtype]
     rules = PushRules(
         bucket_bytes=config.rollout.weight_bucket_mib * 2**20,
-        dtype="float32" if engine.dtype == "fp32" else "bfloat16",
-        directory=engine.weight_sync_dir,
+        dtype=dtype,
+        directory=_directory_of_run(config, engine.weight_sync_dir),
         timeout_seconds=engine.health_deadline_seconds,
-        model_timeout_seconds=config.cluster.unlearnt_deadline_seconds,
+        model_timeout_seconds=min(
+            engine.health_deadline_seconds + num_bytes / SLOWEST_BYTES_PER_SECOND, config.cluster.unlearnt_deadline_seconds
+        ),
     )
-    return WeightPusher(mapping, json.loads((config.model.path / "config.json").read_text()), live, rules)
+    hf_config = json.loads((config.model.path / "config.json").read_text())
+    codec = fp8_codec(hf_config, HfFiles(config.model.path).tensors)
+    return WeightPusher(mapping, hf_config, live, rules, codec)
+
+
+def _directory_of_run(config: Config, directory: Path | None) -> Path | None:
+    """Runs may share the folder; a run that goes on finds what it has left there."""
+    run = config.run.dir.absolute()
+    return directory / f"{run.name}_{xxhash.xxh3_64_hexdigest(str(run).encode())[:8]}" if directory is not None else None
 
 
 def transports(config: Config, endpoints: Sequence[EngineEndpoint], node: str) -> dict[EngineEndpoint, Transport]:

@@ -64,7 +64,7 @@ class WeightSender:
             yield manifest.build()
 
     def gather(self, plan: BucketPlan, payload: Tensor) -> bool:
-        """Put the chunks of all ranks into `payload`, uint8 on the host, of plan.num_bytes; other ranks leave theirs alone.
+        """Put the chunks of all ranks into `payload`, uint8 on any device, of plan.num_bytes; other ranks leave theirs alone.
 
         Collective. Returns whether this rank is the assembler.
         """
@@ -86,7 +86,7 @@ class WeightSender:
             else:
                 received = torch.empty(sum(_num_elements(chunk) for chunk in chunks), dtype=self._dtype, device=self._device)
                 dist.recv(received, src=rank)
-                sources = list(received.cpu().split([_num_elements(chunk) for chunk in chunks]))
+                sources = list(received.to(payload.device).split([_num_elements(chunk) for chunk in chunks]))
             for chunk, source in zip(chunks, sources, strict=True):
                 target = self._piece(plan, chunk.piece_index, payload)[chunk.piece_slices]
                 target.copy_(source.reshape(target.shape))

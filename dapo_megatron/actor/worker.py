@@ -101,12 +101,14 @@ class ActorWorker:
         with self.memory.sending():
             yield from self._sender.send(version)
 
-    def push_weights(self, version: int, endpoints: Sequence[EngineEndpoint], node: str) -> PushReport | None:
-        """Bring the policy to rollout servers, see `WeightPusher.push`; the report on rank 0, whose machine has the address `node`."""
+    def push_weights(
+        self, version: int, endpoints: Sequence[EngineEndpoint], node: str, gpu_id: int | None = None
+    ) -> PushReport | None:
+        """Bring the policy to rollout servers, see `WeightPusher.push`; the report on rank 0, which is on GPU `gpu_id` of `node`."""
         with self.memory.sending():
             if self._pusher is None:
                 self._pusher = configured_pusher(self._config, self.mapping, live_boxes(self.policy.modules))
-            return self._pusher.push(version, transports(self._config, endpoints, node))
+            return self._pusher.push(version, transports(self._config, endpoints, node), gpu_id)
 
     def make_room(self) -> dict[str, float]:
         """Leave the device to the engines, but for the parameters, which go after the next send; metrics of this rank's moves."""

@@ -404,13 +404,30 @@ def _architecture(config: Config, hf_config: Mapping[str, Any]) -> Iterator[str]
             f"rope type ({rope_type}) of {model} must be {either(SUPPORTED_ROPE_TYPES)}; "
             "use a model without other position scaling."
         )
-    if hf_config.get("quantization_config"):
-        yield (
-            f"quantization_config of {model} must be absent: the engine would serve quantised weights, the actor trains bf16 or fp32 "
-            "ones; use the unquantised model, or convert this one."
-        )
+    yield from _quantisation(config, hf_config)
     if hf_config.get("use_sliding_window"):
         yield f"use_sliding_window (true) of {model} must be false: attention is over the whole sequence; use another model."
+
+
+def _quantisation(config: Config, hf_config: Mapping[str, Any]) -> Iterator[str]:
+    """SGLang servers take weights that are quantised as those of the model are; everybody else wants them plain."""
+    quantization, engine, model = hf_config.get("quantization_config"), config.rollout.engine, config.model.path
+    if not quantization:
+        return
+    if quantization.get("quant_method") != "fp8" or not quantization.get("weight_block_size"):
+        yield (
+            f"quantization_config of {model} must be absent, or fp8 with a weight_block_size: the actor trains bf16 or fp32 weights; use the "
+            "unquantised model, or convert this one."
+        )
+    elif not isinstance(engine, SglangEngineConfig):
+        yield (
+            f"quantization_config of {model} (fp8) needs rollout.engine.type sglang (now {engine.type}): the embedded engine computes in "
+            "bf16 or fp32; use the unquantised model, or SGLang servers on GPUs."
+        )
+    elif engine.dtype != "bf16":
+        yield (
+            f"rollout.engine.dtype ({engine.dtype}) must be bf16 for {model}, whose weights are fp8: what is not quantised is bf16; use bf16."
+        )
 
 
 _NEEDED_SIZES = (

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,8 @@ class RankProcess:
         yield from self._worker.send_weights(version)
 
     def push_weights(self, version: int, endpoints: Sequence[EngineEndpoint]) -> PushReport | None:
-        return self._worker.push_weights(version, endpoints, ray.util.get_node_ip_address())
+        node, gpu_ids = self.gpus()
+        return self._worker.push_weights(version, endpoints, node, gpu_ids[0] if gpu_ids else None)
 
     def make_room(self) -> dict[str, float]:
         return self._worker.make_room()
@@ -125,7 +126,8 @@ class ServerActor(ServerProcess):
     def start_here(self, gpu_ids: tuple[int, ...] | None) -> EngineEndpoint:
         """`start` with the address and the device of this node."""
         host = "127.0.0.1" if self._config.cluster.ray_address is None else ray.util.get_node_ip_address()
-        return self.start(host, "cuda" if gpu_ids or ray.get_gpu_ids() else "cpu", gpu_ids)
+        seen = gpu_ids or tuple(int(gpu) for gpu in ray.get_gpu_ids())
+        return replace(self.start(host, "cuda" if seen else "cpu", gpu_ids), gpu_ids=seen)
 
 
 class EngineProcess:

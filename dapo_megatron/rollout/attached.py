@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -29,13 +30,14 @@ class Reattach:
         self._endpoints = {endpoint.name: endpoint for endpoint in endpoints}
 
     async def __call__(self, name: str) -> EngineEndpoint:
-        """The endpoint, as it was."""
+        """The endpoint in its next life."""
         client = SglangEngine(self._endpoints[name])
         try:
             while not await _answers(client):
                 await asyncio.sleep(POLL_SECONDS)
         finally:
             await client.close()
+        self._endpoints[name] = replace(self._endpoints[name], life=self._endpoints[name].life + 1)
         return self._endpoints[name]
 
 

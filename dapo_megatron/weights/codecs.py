@@ -8,7 +8,8 @@ the largest element of each block at the end of e4m3's range, so a slice of whol
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dapo_megatron.types import MappingError
@@ -22,6 +23,26 @@ _SCALE_ENDING = "_scale_inv"
 
 Block = tuple[int, int]
 """Rows and columns that share a scale."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Codec:
+    """How a server that serves an FP8 model wants its weights."""
+
+    block: Block
+    names: frozenset[str]
+    """HF names of the weights that are quantised; each is followed by its scales."""
+    powers_of_two: bool = False
+    """Scales are powers of two (`quantization_config.scale_fmt: ue8m0`)."""
+
+
+def fp8_codec(hf_config: Mapping[str, Any], tensor_names: Collection[str]) -> Fp8Codec | None:
+    """That of the model whose files hold `tensor_names`; None for an unquantised one. MappingError for any other quantisation."""
+    block = block_of(hf_config)
+    if block is None:
+        return None
+    names = frozenset(name for name in tensor_names if scale_name(name) in tensor_names)
+    return Fp8Codec(block, names, hf_config["quantization_config"].get("scale_fmt") == "ue8m0")
 
 
 def block_of(hf_config: Mapping[str, Any]) -> Block | None:
@@ -66,8 +87,10 @@ def dequantise(weight: torch.Tensor, scales: torch.Tensor, slices: tuple[slice, 
     return (weight.to(torch.float32) * scales).to(torch.bfloat16)
 
 
-def quantise(weight: torch.Tensor, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
+def quantise(weight: torch.Tensor, block: Block, *, powers_of_two: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """e4m3 of a weight [rows, columns], and its scales in fp32, of `scale_shape`. A block of zeros has scale 1.
+
+    `powers_of_two` rounds scales up to the next one.
 
     An element comes back from `dequantise` with a relative error of at most 2**-4, and an absolute one of half a step (2**-10) of its
     block's scale where it is small, before the rounding to bf16.
@@ -81,5 +104,8 @@ def quantise(weight: torch.Tensor, block: Block) -> tuple[torch.Tensor, torch.Te
     blocks = padded.view(scale_rows, block[0], scale_columns, block[1])
     largest = blocks.abs().amax(dim=(1, 3))
     scales = torch.where(largest > 0, largest / torch.finfo(torch.float8_e4m3fn).max, 1.0)
+    if powers_of_two:
+        mantissa, exponent = torch.frexp(scales)
+        scales = torch.ldexp(torch.ones_like(scales), torch.where(mantissa > 0.5, exponent, exponent - 1))
     encoded = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
     return encoded.reshape(padded.shape)[:rows, :columns].contiguous(), scales

@@ -58,7 +58,7 @@ class HeldHashes:
                     self._places[part.hf_name].append((rank, tensor))
 
     def add(self, hf_name: str, tensor: Tensor) -> None:
-        """Take in the next HF tensor, in the engine's dtype, on the host. FingerprintError when it is not its turn."""
+        """Take in the next HF tensor, in the engine's dtype; on the host for an engine on CPUs. FingerprintError when it is not its turn."""
         for rank, held in self._places[hf_name]:
             index = self._num_parts[rank][held.name]
             if index >= len(held.parts) or held.parts[index].hf_name != hf_name:

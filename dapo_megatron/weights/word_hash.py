@@ -31,9 +31,9 @@ class WordHash:
         self._rest = torch.empty(0, dtype=torch.uint8)
 
     def update(self, data: Tensor) -> None:
-        """Append the next bytes, flat uint8 on the host."""
+        """Append the next bytes, flat uint8 on any device."""
         if len(self._rest):
-            data = torch.cat([self._rest, data])
+            data = torch.cat([self._rest.to(data.device), data])
         whole = len(data) // 4 * 4
         self._rest = data[whole:].clone()
         aligned = data[:whole] if data.data_ptr() % 4 == 0 and data.storage_offset() % 4 == 0 else data[:whole].clone()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,16 @@ def test_a_checkpoint_loads_under_another_layout(model: Path, tmp_path: Path, sa
     assert loaded["metrics"]["actor/grad_norm"] == pytest.approx(went_on["metrics"]["actor/grad_norm"], rel=1e-4)
     for name, value in went_on["weights"].items():
         np.testing.assert_allclose(loaded["weights"][name], value, atol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(("saved", "read", "words"), [(1, 2, "1, which .* one above 1"), (2, 1, "above 1, which .* one 1")])
+def test_optimizer_state_of_experts_shared_out_otherwise_is_refused(tmp_path: Path, saved: int, read: int, words: str):
+    model = make_hf_model(tmp_path / "model", "qwen3_moe", num_hidden_layers=1)
+    (tmp_path / "saved").mkdir()
+    before, after = (config_for(model, num_ranks=2, expert_parallel_size=size) for size in (saved, read))
+    run_ranks(train_save_train, 2, before, batches(2), tmp_path / "saved")
+    for said in run_ranks(load_damaged, 2, after, tmp_path / "saved", "none"):
+        assert re.search(f"actor.expert_parallel_size {words}; use the layout of that run", said)
 
 
 def load_damaged(rank: int, init_method: str, config: Config, folder: Path, damage: str) -> str:

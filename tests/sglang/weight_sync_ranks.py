@@ -23,6 +23,7 @@ def push(
     config: Config,
     versions: Mapping[int, Mapping[EngineEndpoint, Transport]],
     rules: PushRules,
+    gpu_id: int | None = None,
 ) -> list[PushReport | None]:
     """Load the config's model and send it as each of `versions`, one after the other; servers forget what they hold in between."""
     pusher = _pusher(rank, init_method, config, rules)
@@ -31,7 +32,7 @@ def push(
         if rank == 0:
             for endpoint in targets:
                 post(endpoint, "/weights_checker", action="reset_tensors")
-        reports.append(pusher.push(version, targets))
+        reports.append(pusher.push(version, targets, gpu_id))
     return reports
 
 
@@ -105,7 +106,7 @@ def _spoiling(channel: type) -> type:
     class Spoiling(channel):  # type: ignore[misc]
         def send(self, bucket: Any) -> None:
             super().send(bucket)
-            if "model.norm.weight" in bucket.shapes:
+            if "model.norm.weight" in bucket.tensors():
                 spoiled = replace(bucket, payload=shared_memory(bucket.payload.numel()).copy_(bucket.payload))
                 spoiled.tensors()["model.norm.weight"][3] += 0.25
                 super().send(spoiled)

@@ -23,6 +23,7 @@ HF_CONFIG = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
 
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 SGLANG = "--rollout.engine.type=sglang"
 
 
@@ -205,6 +206,7 @@ def test_rule_across_sections(load, overrides, words):
         ({"model_type": "mamba"}, "model_type (mamba)"),
         ({"model_type": "qwen3_moe"}, "to be trained: experts and latent attention can be converted"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config of"),
+        ({"quantization_config": FP8}, "(fp8) needs rollout.engine.type sglang (now hf)"),
         ({"hidden_act": "gelu"}, "hidden_act (gelu)"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope type (yarn)"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type (linear)"),
@@ -214,6 +216,12 @@ def test_rule_across_sections(load, overrides, words):
 )
 def test_unsupported_architecture_is_named(load, change, words):
     assert words in only_problem(load(), {**HF_CONFIG, **change})
+
+
+def test_fp8_model_is_served_by_sglang_in_bf16(load):
+    hf_config = {**HF_CONFIG, "quantization_config": FP8}
+    assert check_config(load(SGLANG), hf_config) == []
+    assert "rollout.engine.dtype (fp32) must be bf16" in only_problem(load(SGLANG, "--rollout.engine.dtype=fp32"), hf_config)
 
 
 @pytest.mark.parametrize("name", ["expert_parallel_size", "expert_tensor_parallel_size"])

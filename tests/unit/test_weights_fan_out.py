@@ -3,16 +3,17 @@
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from dapo_megatron.types import EngineEndpoint, EngineLostError
-from dapo_megatron.weights.sync import BucketPiece, BucketPlan
-from dapo_megatron.weights.transports.channel import StagedBucket
-from dapo_megatron.weights.transports.disk import VersionFolder
+from dapo_megatron.types import ConfigError, EngineEndpoint, EngineLostError
+from dapo_megatron.weights.transports.channel import StagedBucket, plain_entries
+from dapo_megatron.weights.transports.disk import DiskChannel, VersionFolder
+from dapo_megatron.weights.transports.distributed import DistributedChannels
 from dapo_megatron.weights.transports.fan_out import FanOut
 from dapo_megatron.weights.transports.server import ServerRefusedError, WeightServer
 
@@ -55,13 +56,9 @@ class RecordingHashes:
 
 def bucket(index, is_last, **tensors):
     """A staged bucket of float32 tensors."""
-    pieces, start = [], 0
-    for name, tensor in tensors.items():
-        pieces.append(BucketPiece(name, 0, tensor.shape[0], start, tensor.nbytes))
-        start += tensor.nbytes
     payload = torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors.values()])
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return StagedBucket(VERSION, index, is_last, "float32", BucketPlan(tuple(pieces), start, {}), shapes, payload)
+    entries = plain_entries([(name, tuple(tensor.shape)) for name, tensor in tensors.items()], "float32")
+    return StagedBucket(VERSION, index, is_last, entries, payload)
 
 
 def send_two_buckets(*channels):
@@ -118,13 +115,14 @@ def answering():
             status = self.server.answers.pop(0)
             self.send_response(status)
             self.end_headers()
-            self.wfile.write(b'{"success": false, "message": "a weight-update session is already open"}')
+            self.wfile.write(self.server.text)
 
         def log_message(self, *_):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.paths, server.answers = [], []
+    server.text = b'{"success": false, "message": "a weight-update session is already open"}'
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield server
@@ -148,6 +146,58 @@ def test_refusal_is_told_with_the_words_of_the_server(answering):
     answering.answers = [400]
     with pytest.raises(ServerRefusedError, match="engine 0 .*refused /end_weight_update with status 400.*already open"):
         client(answering).end()
+
+
+def test_path_of_a_gateway_stays_in_front(answering):
+    answering.answers = [200]
+    url = f"http://127.0.0.1:{answering.server_port}/engines/3"
+    WeightServer(endpoint("engine 0", url), 5, 5).end()
+    assert answering.paths == [("/engines/3/end_weight_update", "Bearer secret")]
+
+
+def test_https_is_spoken_where_the_url_says_so(answering):
+    """The server here does not understand it, so that the handshake fails."""
+    with pytest.raises(EngineLostError, match="SSL"):
+        WeightServer(endpoint("engine 0", f"https://127.0.0.1:{answering.server_port}"), 5, 5).end()
+
+
+def test_answer_that_is_no_answer_of_sglang_is_a_refusal(answering):
+    answering.answers, answering.text = [200], b"<html>please log in</html>"
+    with pytest.raises(ServerRefusedError, match="engine 0 .*answered /end_weight_update with .*please log in.* no JSON"):
+        client(answering).end()
+
+
+@pytest.mark.parametrize("fails", ["folder", "file"])
+def test_sender_that_cannot_write_its_files_does_not_blame_the_servers(tmp_path, monkeypatch, fails):
+    directory = tmp_path / "versions"
+    if fails == "folder":
+        directory.write_text("a file")
+        with pytest.raises(ConfigError, match="rollout.engine.weight_sync_dir .*versions. cannot be written"):
+            VersionFolder(directory, VERSION)
+        return
+    folder = VersionFolder(directory, VERSION)
+    folder.path.rmdir()  # what happens to a folder on a file system that is full or gone
+    with ThreadPoolExecutor(3) as pool:
+        channels = [DiskChannel(client_of(name), folder, VERSION) for name in ("engine 0", "engine 1")]
+        fan_out = FanOut(channels, [], pool)
+        fan_out.open()
+        fan_out.start(bucket(0, True, a=torch.ones(2)))
+        with pytest.raises(ConfigError, match="cannot be written"):
+            fan_out.wait()
+    assert fan_out.failures == {}
+
+
+def client_of(name):
+    return WeightServer(endpoint(name), 5, 5)
+
+
+def test_server_that_came_back_is_met_anew():
+    """A group with ranks that are gone would be taken for one with the new ones."""
+    channels = DistributedChannels(5)
+    first = channels.of(client_of("engine 0"))
+    assert channels.of(client_of("engine 0")) is first and channels.of(client_of("engine 1")) is not first
+    returned = WeightServer(replace(endpoint("engine 0"), life=1), 5, 5)
+    assert channels.of(returned) is not first and channels.of(returned).endpoint.life == 1
 
 
 def test_server_that_is_gone_is_named():

@@ -6,33 +6,49 @@ import shutil
 import threading
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from dapo_megatron.types import EngineEndpoint
+from dapo_megatron.types import ConfigError, EngineEndpoint
 from dapo_megatron.weights.transports.channel import StagedBucket
 from dapo_megatron.weights.transports.server import WeightServer
 
 
 class VersionFolder:
-    """The files of one version; channels of all servers share it, and each bucket is written once."""
+    """The files of one version; channels of all servers share it, and each bucket is written once.
+
+    ConfigError when it cannot be written: that is no fault of a server.
+    """
 
     def __init__(self, directory: Path, version: int):
         self.path = directory / f"version_{version:08d}"
         self._lock = threading.Lock()
         self._num_written = 0
         shutil.rmtree(self.path, ignore_errors=True)
-        self.path.mkdir(parents=True)
+        try:
+            self.path.mkdir(parents=True)
+        except OSError as error:
+            raise self._in_words(error) from error
 
     def write(self, bucket: StagedBucket) -> None:
         """Write the bucket unless another channel has."""
         with self._lock:
             if bucket.index == self._num_written:
-                save_file(bucket.tensors(), self.path / f"model-{bucket.index:05d}.safetensors")
+                try:
+                    save_file(bucket.tensors(), self.path / f"model-{bucket.index:05d}.safetensors")
+                except (OSError, SafetensorError) as error:
+                    raise self._in_words(error) from error
                 self._num_written += 1
 
     def remove(self) -> None:
-        """Delete the files; servers have loaded them."""
-        shutil.rmtree(self.path)
+        """Delete the files: servers have loaded them, or will not any more."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _in_words(self, error: Exception) -> ConfigError:
+        return ConfigError(
+            f"rollout.engine.weight_sync_dir ({self.path.parent}) cannot be written: {error}; free space there, mend its permissions, or give "
+            "another folder."
+        )
 
 
 class DiskChannel:

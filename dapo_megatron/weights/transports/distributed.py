@@ -39,7 +39,7 @@ class DistributedChannel:
             raise EngineError(f"{self.endpoint.name} has no process group; open the channel before buckets are sent")
         try:
             broadcast = self._group.broadcast(bucket.payload)
-            self._server.update_from_group(self._group.name, bucket.shapes, bucket.dtype, bucket.version_if_last)
+            self._server.update_from_group(self._group.name, bucket.entries, bucket.version_if_last)
             broadcast.wait()
         except RuntimeError as error:  # torch's collectives have no error of their own
             raise EngineError(f"{self.endpoint.name} was lost in the broadcast of bucket {bucket.index}: {error}") from error
@@ -50,6 +50,21 @@ class DistributedChannel:
     def abandon(self) -> None:
         """The group is left: a broadcast may be stuck in it. The next version makes another."""
         self._group = None
+
+
+class DistributedChannels:
+    """One for each server; one that has been started again (another endpoint of the same name) gets another."""
+
+    def __init__(self, timeout_seconds: float):
+        self._timeout_seconds = timeout_seconds
+        self._channels: dict[str, DistributedChannel] = {}
+
+    def of(self, server: WeightServer) -> DistributedChannel:
+        """The channel to the server, with the group that it had at the version before."""
+        name = server.endpoint.name
+        if name not in self._channels or self._channels[name].endpoint != server.endpoint:
+            self._channels[name] = DistributedChannel(server, self._timeout_seconds)
+        return self._channels[name]
 
 
 class _Group:
@@ -100,6 +115,6 @@ def _own_address(endpoint: EngineEndpoint) -> str:
     """The address of this machine on the way to the server."""
     address = urlsplit(endpoint.url)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((address.hostname, address.port))
+        probe.connect((address.hostname, address.port or 443))
         host: str = probe.getsockname()[0]
         return host

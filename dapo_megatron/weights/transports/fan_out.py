@@ -49,7 +49,7 @@ class FanOut:
         self._on_all(lambda channel: channel.close())
 
     def _hash(self, bucket: StagedBucket) -> None:
-        for name, tensor in bucket.tensors().items():
+        for name, tensor in bucket.reported():
             for hashes in self._hashes:
                 hashes.add(name, tensor)
 

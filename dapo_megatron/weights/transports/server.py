@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from http.client import HTTPConnection, HTTPException
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
 from urllib.parse import urlsplit
 
 from dapo_megatron.types import EngineEndpoint, EngineError, EngineLostError
+from dapo_megatron.weights.transports.channel import StagedTensor
 
 
 class WeightServer:
@@ -48,12 +49,12 @@ class WeightServer:
         }
         self._post("/init_weights_update_group", body)
 
-    def update_from_group(self, group_name: str, tensors: Mapping[str, tuple[int, ...]], dtype: str, version: int | None) -> None:
+    def update_from_group(self, group_name: str, tensors: Sequence[StagedTensor], version: int | None) -> None:
         """Receive one broadcast of all `tensors` in a row."""
         body = {
-            "names": list(tensors),
-            "dtypes": [dtype] * len(tensors),
-            "shapes": [list(shape) for shape in tensors.values()],
+            "names": [tensor.name for tensor in tensors],
+            "dtypes": [tensor.dtype for tensor in tensors],
+            "shapes": [list(tensor.shape) for tensor in tensors],
             "group_name": group_name,
             "load_format": "flattened_bucket",
             "flush_cache": False,
@@ -85,9 +86,10 @@ class WeightServer:
         headers = {"Content-Type": "application/json"}
         if self.endpoint.api_key:
             headers["Authorization"] = f"Bearer {self.endpoint.api_key}"
+        connect = HTTPSConnection if address.scheme == "https" else HTTPConnection
         try:
-            with closing(HTTPConnection(address.hostname or "", address.port, timeout=timeout_seconds)) as connection:
-                connection.request("POST", path, json.dumps(body or {}), headers)
+            with closing(connect(address.hostname or "", address.port, timeout=timeout_seconds)) as connection:
+                connection.request("POST", address.path + path, json.dumps(body or {}), headers)
                 response = connection.getresponse()
                 text = response.read().decode(errors="replace")
         except TimeoutError as error:
@@ -104,7 +106,12 @@ class WeightServer:
             raise ServerRefusedError(
                 f"{self.endpoint.name} ({self.endpoint.url}) refused {path} with status {response.status}: {text[:500]}"
             )
-        answer: dict[str, Any] = json.loads(text)
+        try:
+            answer: dict[str, Any] = json.loads(text)
+        except ValueError as error:
+            raise ServerRefusedError(
+                f"{self.endpoint.name} ({self.endpoint.url}) answered {path} with {text[:100]!r}, which is no JSON; is it an SGLang server?"
+            ) from error
         return answer
 
 

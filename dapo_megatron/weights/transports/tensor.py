@@ -1,4 +1,7 @@
-"""Shared memory to servers on the sender's node: a request carries the memory's name, the engine's ranks copy out of it."""
+"""Memory that servers on the sender's node can map: a request says where it is, the engine's ranks copy out of it.
+
+Host memory goes by its name, memory of the sender's GPU by a CUDA IPC handle, which an engine can open that sees this GPU.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ import base64
 import io
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.multiprocessing
 from torch import Tensor
+from torch.multiprocessing import reductions
 
 from dapo_megatron.types import EngineEndpoint
 from dapo_megatron.weights.transports.channel import StagedBucket
@@ -17,6 +22,8 @@ from dapo_megatron.weights.transports.server import WeightServer
 
 _BY_NAME = "file_system"
 """torch's sharing strategy in which another process finds the memory by its name; descriptors pass only between relatives."""
+_DEVICE_ARGUMENT = 6
+"""Of `rebuild_cuda_tensor`, torch 2.14.1."""
 
 
 def shared_memory(num_bytes: int) -> Tensor:
@@ -42,8 +49,10 @@ class TensorChannel:
         self._server.begin()
 
     def send(self, bucket: StagedBucket) -> None:
+        if bucket.payload.is_cuda:
+            torch.cuda.synchronize(bucket.payload.device)  # other processes know nothing of our streams
         # Pickled once for each rank: torch counts the readers that a piece of shared memory still expects.
-        payloads = [_pickled(bucket) for _ in range(self.endpoint.tensor_parallel_size)]
+        payloads = [pickled(bucket) for _ in range(self.endpoint.tensor_parallel_size)]
         self._server.update_from_tensor(payloads, bucket.version_if_last)
 
     def close(self) -> None:
@@ -53,20 +62,33 @@ class TensorChannel:
         """The server keeps the update open; the next version ends it first."""
 
 
-def _pickled(bucket: StagedBucket) -> str:
+class _OnGpu:
+    """A tensor by its CUDA IPC handle. The GPU goes by its UUID, as SGLang 0.5.23 takes it: processes count GPUs differently."""
+
+    def __init__(self, tensor: Tensor):
+        self._tensor = tensor
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        rebuild, arguments = reductions.reduce_tensor(self._tensor)
+        index = arguments[_DEVICE_ARGUMENT]
+        uuid = str(torch.cuda.get_device_properties(index).uuid)
+        return rebuild, (*arguments[:_DEVICE_ARGUMENT], uuid, *arguments[_DEVICE_ARGUMENT + 1 :])
+
+
+def pickled(bucket: StagedBucket) -> str:
     """The `flattened_bucket` of SGLang 0.5.23, as its restricted unpickler reads it: a tensor by reference and records beside it."""
-    dtype = getattr(torch, bucket.dtype)
     records = [
         SimpleNamespace(
-            name=piece.name,
-            shape=torch.Size(bucket.shapes[piece.name]),
-            dtype=dtype,
-            start_idx=piece.byte_offset,
-            end_idx=piece.byte_offset + piece.num_bytes,
-            numel=piece.num_bytes,
+            name=entry.name,
+            shape=torch.Size(entry.shape),
+            dtype=getattr(torch, entry.dtype),
+            start_idx=entry.start,
+            end_idx=entry.stop,
+            numel=entry.num_bytes,
         )
-        for piece in bucket.plan.pieces
+        for entry in bucket.entries
     ]
     buffer = io.BytesIO()
-    ForkingPickler(buffer, 4).dump({"flattened_tensor": bucket.payload, "metadata": records})
+    payload = _OnGpu(bucket.payload) if bucket.payload.is_cuda else bucket.payload
+    ForkingPickler(buffer, 4).dump({"flattened_tensor": payload, "metadata": records})
     return base64.b64encode(buffer.getvalue()).decode()
