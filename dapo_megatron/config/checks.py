@@ -66,6 +66,7 @@ OWNED_SERVER_ARGUMENTS: Mapping[str, str] = {
     "api_key": "the launcher",
     "base_gpu_id": "the launcher",
     "weight_version": "the weight sync",
+    "quantization": "quantization_config of the model's config.json, which the weight sync follows",
     "enable_memory_saver": "cluster.placement",
     "skip_tokenizer_init": "the engine's client, which reads token ids",
     "incremental_streaming_output": "the engine's client",

@@ -85,9 +85,10 @@ def differences(expected: Sequence[Mapping[str, str]], reported: Sequence[Mappin
 
     `reported` is what the server's weights_checker says: per rank, `checksums` and a list with one `parallelism_info`.
     """
+    numbers = sorted(int(entry["parallelism_info"][0]["tp_rank"]) for entry in reported)
+    if numbers != list(range(len(expected))):
+        return [f"reports tensor-parallel ranks {numbers} where {len(expected)} were expected"]
     ranks = {int(entry["parallelism_info"][0]["tp_rank"]): entry["checksums"] for entry in reported}
-    if sorted(ranks) != list(range(len(expected))):
-        return [f"reports tensor-parallel ranks {sorted(ranks)} where {len(expected)} were expected"]
     sentences = []
     for rank, hashes in enumerate(expected):
         held = ranks[rank]

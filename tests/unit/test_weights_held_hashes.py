@@ -170,6 +170,8 @@ def test_tensors_that_are_missing_or_were_never_sent_are_named():
 def test_server_with_other_ranks_is_told_apart():
     tensors = identity_fill(QWEN2)
     assert "where 2 were expected" in differences(expected(QWEN2, 2, tensors), reports(QWEN2, 1, tensors))[0]
+    twice = reports(QWEN2, 1, tensors) * 2  # data-parallel copies of one rank: none may pass unseen
+    assert "ranks [0, 0] where 1 were expected" in differences(expected(QWEN2, 1, tensors), twice)[0]
 
 
 def test_tensors_out_of_turn_or_left_out_are_refused():
