@@ -128,16 +128,16 @@ def push(rank: int, init_method: str, config: Any, target: EngineEndpoint) -> An
         return str(error)
 
 
-def pushed(model: Path, endpoint: Endpoint) -> Any:
-    config = programs.make_config(model, "bf16", tensor_parallel_size=2)
+def pushed(model: Path, endpoint: Endpoint, num_ranks: int) -> Any:
+    config = programs.make_config(model, "bf16", tensor_parallel_size=num_ranks)
     engine = {"type": "sglang", "dtype": "bf16", "weight_transport": "tensor"}
     rollout = type(config.rollout).model_validate({"engine": engine, "weight_bucket_mib": 1})
     target = EngineEndpoint("engine 0", f"http://127.0.0.1:{endpoint.server_port}", 1, "cpu")
-    return run_ranks(push, 2, config.model_copy(update={"rollout": rollout}), target)[0]
+    return run_ranks(push, num_ranks, config.model_copy(update={"rollout": rollout}), target)[0]
 
 
 def test_what_is_pushed_is_the_policy_as_the_codec_writes_it(model: Path, endpoint: Endpoint):
-    report = pushed(model, endpoint)
+    report = pushed(model, endpoint, 2)
     assert report.failures == {}
     files = HfFiles(model)
     assert set(endpoint.tensors) == set(files.tensors), "the same tensors as in the model's own files"
@@ -155,5 +155,5 @@ def test_what_is_pushed_is_the_policy_as_the_codec_writes_it(model: Path, endpoi
 @pytest.mark.parametrize("kind", ["", "_scale_inv"], ids=["weight", "scale"])
 def test_one_wrong_bit_of_a_weight_or_of_a_scale_is_found(model: Path, endpoint: Endpoint, kind: str):
     endpoint.spoils = f"model.layers.2.mlp.down_proj.weight{kind}"
-    said = pushed(model, endpoint)
+    said = pushed(model, endpoint, 1)
     assert "tensors of rank 0 differ from what was sent: model.layers.2.mlp.down_proj.weight" in said
