@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import socket
 import sys
 import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
@@ -35,6 +34,7 @@ from dapo_megatron.launcher.server_process import ServerProcess
 from dapo_megatron.rollout.attached import Reattach, attach
 from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult
 from dapo_megatron.rollout.router import Decode, Router
+from dapo_megatron.rollout.sglang_server import free_port
 from dapo_megatron.types import DapoMegatronError, EngineEndpoint, EngineError, TrainBatch, WorkerDiedError
 from dapo_megatron.weights.file_digest import FileDigest
 from dapo_megatron.weights.sync import WeightBucket, WeightManifest
@@ -66,9 +66,8 @@ class RankProcess:
 
     def rendezvous(self) -> str:
         """An address on this process's node where ranks can meet."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+        host = ray.util.get_node_ip_address()
+        return f"tcp://{host}:{free_port(host)}"  # one that no outgoing connection takes while the ranks import
 
     def start(self, init_method: str, frozen: bool) -> int:
         """Join the other ranks. Returns this rank's data-parallel rank."""
