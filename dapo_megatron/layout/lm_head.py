@@ -31,16 +31,18 @@ def head_memory(shape: ModelShape, layout: Layout, options: MemoryOptions) -> He
     local_rows = rows / tp if layout.sequence_parallel else rows
     weight_grad = options.precision.weight_bytes * vocab * h
     gathered = rows if layout.sequence_parallel else 0
+    # Final norm: its input and output; of the local spec a copy and the normed form in fp32 and the reciprocal roots.
+    kept = 2 * local_rows if options.kernels == "transformer_engine" else local_rows / width * 8 + 4 * tokens
     if options.head_loss == "chunked":
         chunk = min(layout.log_prob_chunk_tokens, tokens) * vocab
         held = 4 * tokens * h + 4 * vocab * h
         forward = gathered + rows + max((4 + width) * chunk, width * chunk + weight_grad)
-        return HeadMemory(2 * local_rows, held + max(forward, rows + weight_grad))
+        return HeadMemory(kept, held + max(forward, rows + weight_grad))
     held, forward = (2, 2) if options.head_loss == "fused" else (4, 6)
     # Each multi-token-prediction layer has been through the head before, and waits for its backward pass.
     before = shape.num_mtp_layers * (held * tokens * vocab + 2 * local_rows)
     backward = 2 * tokens * vocab + weight_grad + rows
-    return HeadMemory(2 * local_rows + before, gathered + max(forward * tokens * vocab, backward))
+    return HeadMemory(kept + before, gathered + max(forward * tokens * vocab, backward))
 
 
 def log_prob_workspace(shape: ModelShape, layout: Layout, options: MemoryOptions) -> float:

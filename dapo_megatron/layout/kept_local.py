@@ -1,0 +1,90 @@
+"""What the layers of the local spec keep for the backward pass: torch's own kernels, as the ranks run them on CPUs (`models/spec.py`).
+
+Norms compute in fp32 and keep a copy of their input, its normed form and the reciprocal root; the MLP keeps every step of SwiGLU;
+attention keeps queries, keys and values gathered into its tiles. Sequences of a micro-batch are taken to be equally long.
+"""
+
+from __future__ import annotations
+
+from dapo_megatron.layout.kept import Extent, Kept, Part
+from dapo_megatron.layout.layout import RecomputedPart
+from dapo_megatron.layout.model_shape import LatentAttention, ModelShape
+
+_MLP = frozenset[RecomputedPart]({"mlp"})
+_MOE = frozenset[RecomputedPart]({"moe"})
+
+
+def layer_tensors(shape: ModelShape, has_experts: bool, score_tokens: int, width: int) -> tuple[Kept, ...]:
+    """Everything a layer keeps; arguments as in `kept_transformer_engine`. Latent attention has no flash kernel and keeps its scores."""
+    latent = isinstance(shape.attention, LatentAttention)
+    attention = _latent_attention(shape, score_tokens, width) if latent else _attention(shape, width)
+    return (*attention, *(_moe(shape, width) if has_experts else _dense_mlp(shape, width)))
+
+
+def _norm(part: Part, elements: int, extent: Extent, num_norms: int = 1) -> Kept:
+    """`elements` of all norms together, each of which has a reciprocal root."""
+    return Kept(part, 8 * elements + 4 * num_norms, extent)
+
+
+def _attention(shape: ModelShape, width: int) -> tuple[Kept, ...]:
+    attention, h = shape.attention, shape.hidden_size
+    assert not isinstance(attention, LatentAttention)
+    queries, keys = attention.num_heads * attention.head_dim, attention.num_groups * attention.head_dim
+    return (
+        _norm("attention", h, "sequence"),
+        Kept("attention", width * h, "sequence"),  # input of the projection
+        *(
+            (_norm("attention", queries + keys, "tensor", attention.num_heads + attention.num_groups),)
+            if attention.qk_norm
+            else ()
+        ),
+        Kept("attention", 4 * width * attention.head_dim, "whole"),  # cosines and sines, for queries and for keys
+        Kept("attention", width * (queries + 2 * keys), "tensor"),  # in tiles
+        Kept("attention", 2 * width * queries, "tensor"),  # attention output in tiles, and packed again
+        Kept("attention", 4 * attention.num_heads, "tensor"),  # log-sum-exp
+    )
+
+
+def _latent_attention(shape: ModelShape, score_tokens: int, width: int) -> tuple[Kept, ...]:
+    attention, h = shape.attention, shape.hidden_size
+    assert isinstance(attention, LatentAttention)
+    heads, latent, query_latent = attention.num_heads, attention.kv_lora_rank, attention.q_lora_rank or 0
+    return (
+        _norm("attention", h, "sequence"),
+        Kept("attention", width * h, "sequence"),
+        *(
+            (_norm("attention", query_latent, "sequence"), Kept("attention", width * query_latent, "sequence"))
+            if query_latent
+            else ()
+        ),
+        _norm("attention", latent, "sequence"),
+        Kept("attention", width * latent, "sequence"),
+        Kept("attention", 4 * width * attention.rope_dim, "whole"),
+        Kept("attention", 4 * heads * (2 * attention.query_dim + attention.value_dim + score_tokens), "tensor"),  # all in fp32
+        Kept("attention", width * heads * attention.value_dim, "tensor"),  # input of the output projection
+    )
+
+
+def _dense_mlp(shape: ModelShape, width: int) -> tuple[Kept, ...]:
+    h, f = shape.hidden_size, shape.ffn_hidden_size
+    return (
+        _norm("mlp", h, "sequence"),
+        Kept("mlp", width * h, "sequence", _MLP),
+        Kept("mlp", 5 * width * f, "tensor", _MLP),  # gate and up, up again, activated gate, product
+    )
+
+
+def _moe(shape: ModelShape, width: int) -> tuple[Kept, ...]:
+    experts, h = shape.experts, shape.hidden_size
+    assert experts is not None
+    shared = experts.shared_ffn_hidden_size
+    return (
+        _norm("experts", h, "sequence"),
+        Kept("experts", width * h, "sequence"),
+        Kept("experts", 4 * experts.num_per_token, "sequence", _MOE),  # probabilities of the chosen experts
+        Kept("experts", width * h, "routed", _MOE),
+        Kept(
+            "experts", 6 * width * experts.ffn_hidden_size + 4, "routed_tensor", _MOE
+        ),  # as in the MLP, and the weighted product
+        *((Kept("experts", 5 * width * shared, "tensor", _MOE),) if shared else ()),
+    )
