@@ -70,8 +70,8 @@ class _Convention:
 
 
 _CONVENTIONS: Mapping[str, _Convention] = {
-    # SimuMax docs: TransformerEngine's fused cross-entropy, vocabulary as in the model's config.
-    "SimuMax": _Convention(head_loss="fused", vocab_multiple=1),
+    # simu_tools/megatron_scripts: no fusion of the cross-entropy but in the B200 release (1.2), see `_head_loss`.
+    "SimuMax": _Convention(),
     "Megatron-LM": _Convention(),
     "mbridge": _Convention(),
     # Megatron Bridge and NeMo recipes: cross_entropy_loss_fusion with TransformerEngine's implementation.
@@ -282,6 +282,8 @@ def _head_loss(row: Mapping[str, str], usual: HeadLoss) -> HeadLoss:
     note = row["note"].lower()
     if "unfused ce" in note or "no ce fusion" in note:
         return "unfused"
+    if row["gpu"].startswith("B200") and _framework(row["source"]) == "SimuMax":
+        return "fused"
     return "fused" if "fused ce" in note or "ce fusion" in note else usual
 
 

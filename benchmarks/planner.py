@@ -16,8 +16,7 @@ from pathlib import Path
 from statistics import mean, median
 
 from benchmarks.layout_rows import FACTS, GIB, Refusal, RowInputs, inputs_of, read_rows, without_duplicates
-from benchmarks.planner_time import print_time
-from dapo_megatron.layout.hardware import known_gpus
+from benchmarks.planner_time import gpu_of, print_time
 from dapo_megatron.layout.memory import reserved_bytes, train_allocated_bytes, with_margin
 
 _FIT = {"SimuMax": "B200", "mbridge": ""}
@@ -80,7 +79,7 @@ def wrongly_fitting(rows: list[dict[str, str]]) -> tuple[list[str], int]:
             inputs = inputs_of(row)
         except Refusal:
             continue
-        gpu = known_gpus().get(inputs.gpu.lower().split("(")[0].strip())
+        gpu = gpu_of(inputs.gpu)
         if not inputs.ran_out_of_memory or gpu is None:
             continue
         total += 1

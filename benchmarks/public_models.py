@@ -25,8 +25,6 @@ def shape_of(entry: Mapping[str, Any], num_layers: int | None = None) -> ModelSh
     """An entry of the tables as a shape, cut to `num_layers` where they are fewer."""
     layers = num_layers or entry["num_layers"]
     dense = entry.get("dense_layers", 0)
-    if layers < entry["num_layers"]:
-        dense = entry.get("reduced_dense_layers", dense)
     arguments = {**_STYLES[entry.get("style", "llama")], **entry, "num_layers": layers}
     arguments["untie_embeddings_and_output_weights"] = not entry.get("tied", False)
     if "kv_lora_rank" in entry:

@@ -2,7 +2,8 @@
 
 A phase is what a rollout step does one after the other: `train`, `log_probs` (a forward pass), `rollout` and `sync`. The items of a
 phase add up to its peak: what torch's allocator has handed out at the fullest moment, what lies outside it (CUDA context, NCCL), and a
-margin for what it holds without having handed out. Nothing here is fitted to a model; docs/layouts.md names the sources.
+margin for what it holds without having handed out. No coefficient belongs to a model or a row; benchmarks/RESULTS.md says how near this comes to
+published peaks.
 """
 
 from __future__ import annotations

@@ -32,6 +32,11 @@ def test_missing_field_is_named(field):
         ModelShape.from_hf({key: value for key, value in QWEN3_8B.items() if key != field})
 
 
+def test_missing_number_of_a_rope_scaling_is_named():
+    with pytest.raises(ConfigError, match=r"factor \(None\) of rope_scaling must be a number: rope_type 'yarn' needs it"):
+        ModelShape.from_hf(DEEPSEEK_V3 | {"rope_scaling": {"type": "yarn"}})
+
+
 def test_unknown_family_is_refused_with_the_known_ones():
     with pytest.raises(ConfigError, match=r"model_type \('mamba'\) must be one of .*qwen3"):
         ModelShape.from_hf({"model_type": "mamba"})

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dapo_megatron.weights.families.dense import DECODER, DENSE_MLP, NORM_ALIASES, decoder_arguments
 from dapo_megatron.weights.families.family import Arguments, Config, Family, positive
 from dapo_megatron.weights.families.moe import EXPERTS, dense_and_moe_layers, moe_arguments
-from dapo_megatron.weights.families.rope import rope_parameters
+from dapo_megatron.weights.families.rope import rope_parameters, scaling_number
 
 _LATENT_ATTENTION = """
 decoder.layers.{L}.self_attention.linear_q_proj.weight model.layers.{L}.self_attn.q_proj.weight a*x h if not q_lora_rank
@@ -75,8 +75,8 @@ def _rope_arguments(config: Config) -> Arguments:
         return {"rope_type": "rope", "rotary_scaling_factor": 1.0}
     return {
         "rope_type": "yarn",
-        "rotary_scaling_factor": float(rope["factor"]),
-        "original_max_position_embeddings": rope["original_max_position_embeddings"],
+        "rotary_scaling_factor": float(scaling_number(rope, "factor")),
+        "original_max_position_embeddings": scaling_number(rope, "original_max_position_embeddings"),
         "beta_fast": float(rope.get("beta_fast") or 32),
         "beta_slow": float(rope.get("beta_slow") or 1),
         "mscale": float(rope.get("mscale") or 1),

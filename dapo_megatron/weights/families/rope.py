@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dapo_megatron.types import MappingError
 from dapo_megatron.weights.families.family import Arguments, Config
 
 
@@ -18,6 +19,16 @@ def rope_parameters(config: Config) -> dict[str, Any]:
     return rope
 
 
+def scaling_number(rope: dict[str, Any], name: str) -> float:
+    """A number that the scaling cannot do without. MappingError when it is missing."""
+    value = rope.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise MappingError(
+            f"{name} ({value!r}) of rope_scaling must be a number: rope_type {rope['rope_type']!r} needs it; set it in config.json"
+        )
+    return value
+
+
 def rope_arguments(config: Config) -> Arguments:
     """Megatron's arguments. It has one of the four numbers of `llama3` scaling; the others are constants there."""
     rope = rope_parameters(config)
@@ -28,5 +39,5 @@ def rope_arguments(config: Config) -> Arguments:
         "rotary_percent": 1.0,
         "rotary_base": int(theta) if theta.is_integer() else theta,
         "use_rope_scaling": llama3,
-        **({"rope_scaling_factor": float(rope["factor"])} if llama3 else {}),
+        **({"rope_scaling_factor": float(scaling_number(rope, "factor"))} if llama3 else {}),
     }
