@@ -12,6 +12,7 @@ import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from dapo_megatron.layout.calibration import Calibration
 from dapo_megatron.layout.engine_choice import fastest_rollout_seconds, with_engines
 from dapo_megatron.layout.fit import reason_not_fitting
 from dapo_megatron.layout.gains import gains_of, limit_of
@@ -22,10 +23,12 @@ from dapo_megatron.layout.memory_records import MemoryOptions, MemoryPlan
 from dapo_megatron.layout.model_shape import ModelShape
 from dapo_megatron.layout.plan import Candidate, Plan, PlanRequest, Rejection
 from dapo_megatron.layout.space import cuts, recompute_choices, release_problem, rule_problem, token_limits
+from dapo_megatron.layout.states import stage_states
 from dapo_megatron.layout.step_time import StepTime, step_time
 from dapo_megatron.layout.train_time import layer_counts, micro_batches, update_seconds
 
-GIB = 2**30
+GIB, GB = 2**30, 1e9
+UNCORRECTED = Calibration("", 0)
 EQUAL = 0.02
 """Share of a step below which layouts are as fast as each other: the model is not better than that."""
 MAX_EQUAL_CUTS = 120
@@ -133,9 +136,9 @@ class _Search:
             update = update_seconds(self.machine, request.model, sized, micro_batches(workload, sized))
             log_probs = update.forward.total if workload.has_old_log_probs_pass else 0.0
             seconds.append(workload.num_updates_per_rollout * (update.total + log_probs))
-        if workload.rollout_lag:
-            return max(min(seconds), self.fastest_rollout)
-        return min(seconds) + self.fastest_rollout
+        calibration = request.calibration or UNCORRECTED
+        train, rollout = min(seconds) * calibration.train, self.fastest_rollout * calibration.rollout
+        return max(train, rollout) if workload.rollout_lag else train + rollout
 
     def of_cut(self, cut: Layout) -> Iterator[Candidate | Rejection]:
         """Everything that can be made of one cut: offload and engines, limits of micro-batches, recompute."""
@@ -146,6 +149,8 @@ class _Search:
                 yield with_engine
             else:
                 yield from self._of_engine(with_engine)
+        if cut.data_parallel_size * cut.context_parallel_size > 1:
+            yield self._whole_optimizer(cut)
 
     def _of_engine(self, layout: Layout) -> Iterator[Candidate | Rejection]:
         limits, choices = token_limits(self.request, layout), recompute_choices(self.request.model)
@@ -162,6 +167,8 @@ class _Search:
                     first = index
                     break
             else:
+                if number == 0 and (layout.swap_optimizer or not self.request.colocated):
+                    yield self._optimizer_on_host(self._sized(layout, limit, FULL_RECOMPUTE))
                 if larger := len(limits) - number - 1:
                     reason = f"micro-batches of {limit} tokens do not fit even with full recompute"
                     yield Rejection(self._sized(layout, limits[-1], FULL_RECOMPUTE), "memory", reason, larger * len(choices))
@@ -180,6 +187,26 @@ class _Search:
             return Rejection(layout, "host_memory", reason, peak_bytes=memory.peak_bytes, step_seconds=time.step_seconds)
         memory = plan_memory(request.model, layout, gpu_bytes, self.options)
         return Candidate(layout, memory, time, limit_of(memory, time, request.gpu))
+
+    def _optimizer_on_host(self, layout: Layout) -> Candidate | Rejection:
+        """The last resort of a cut: Adam and its state in host memory."""
+        on_host = replace(layout, optimizer_offload_fraction=1.0)
+        found = self.of_layout(on_host)
+        if isinstance(found, Rejection) or not self.request.only_runnable:
+            return found
+        reason = f"fits only with the optimizer in host memory ({found.memory.peak_bytes / GB:.1f} GB a GPU): {release_problem(on_host)}"
+        return Rejection(on_host, "release", reason, 1, found.memory.peak_bytes, found.time.step_seconds)
+
+    def _whole_optimizer(self, cut: Layout) -> Rejection:
+        """The same cut without the distributed optimizer, which costs memory and saves nothing."""
+        whole, model = replace(cut, use_distributed_optimizer=False), self.request.model
+        states = max(stage_states(model, whole, self.options), key=lambda stage: stage.optimizer_bytes)
+        shared = max(stage.optimizer_bytes for stage in stage_states(model, cut, self.options))
+        reason = (
+            f"without actor.use_distributed_optimizer every rank holds {states.optimizer_bytes / GB:.1f} GB of optimizer state instead of "
+            f"{shared / GB:.1f} GB, and no step is faster"
+        )
+        return Rejection(whole, "slower", reason)
 
     def time(self, layout: Layout, kv_cache_tokens: int | None) -> StepTime:
         """One rollout step of a layout whose engines hold so many tokens."""
@@ -214,8 +241,8 @@ def _fullest_stages(shape: ModelShape, layout: Layout) -> set[int]:
 def _host_reason(memory: MemoryPlan, host_bytes: float) -> str:
     largest = max(memory.host_items, key=lambda item: item.num_bytes)
     return (
-        f"host memory {memory.host_bytes / 1e9:.0f} GB a node, {largest.num_bytes / 1e9:.0f} GB of it {largest.name}, exceeds "
-        f"{host_bytes / 1e9:.0f} GB; use more nodes, or no offload"
+        f"host memory {memory.host_bytes / GB:.0f} GB a node, {largest.num_bytes / GB:.0f} GB of it {largest.name}, exceeds "
+        f"{host_bytes / GB:.0f} GB; use more nodes, or no offload"
     )
 
 
