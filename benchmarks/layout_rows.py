@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -91,6 +92,7 @@ def inputs_of(row: Mapping[str, str], *, for_time: bool = False) -> RowInputs:
 
     `for_time`: what only memory does not model (low precision, CUDA graphs) is let through.
     """
+    row = _tidy(row)
     framework = _framework(row["source"])
     convention = _CONVENTIONS.get(framework, _Convention())
     recipe = _recipe(row["model"]) if row["model"].startswith("mlm:") else {}
@@ -124,8 +126,14 @@ def inputs_of(row: Mapping[str, str], *, for_time: bool = False) -> RowInputs:
 
 def shape_of_row(row: Mapping[str, str]) -> ModelShape:
     """The model of a row, whatever its layout. Refusal for an unknown one."""
+    row = _tidy(row)
     recipe = _recipe(row["model"]) if row["model"].startswith("mlm:") else {}
     return _shape(row, _framework(row["source"]), recipe)
+
+
+def _tidy(row: Mapping[str, str]) -> Mapping[str, str]:
+    """Without blanks at the ends; a column that the file does not have is empty."""
+    return defaultdict(str, {name: value.strip() for name, value in row.items() if name and isinstance(value, str)})
 
 
 def _framework(source: str) -> str:
@@ -155,7 +163,7 @@ def _recipe(model: str) -> dict[str, Any]:
 def _refuse_what_is_not_modelled(row: Mapping[str, str], recipe: Mapping[str, Any], for_time: bool) -> None:
     if "refused" in recipe:
         raise Refusal(recipe["refused"])
-    if row["phase"] not in ("pretrain", "sft", ""):
+    if row["phase"].lower().replace("-", "") not in ("pretrain", "pretraining", "training", "train", "sft", ""):
         raise Refusal(f"phase {row['phase']}: what else is on the device (inference buffers, adapters) is not published")
     if "does not divide the GPU count" in row["note"]:
         raise Refusal("the layout does not divide the published number of GPUs")
@@ -163,14 +171,14 @@ def _refuse_what_is_not_modelled(row: Mapping[str, str], recipe: Mapping[str, An
         raise Refusal("Megatron-LM's recipes do not say how many nodes of 4 GPUs they ran on")
     if for_time:
         return
-    if row["precision"].lower() not in ("bf16", ""):
+    if row["precision"].lower() not in ("bf16", "bfloat16", ""):
         raise Refusal(f"precision {row['precision']}: low-precision copies of weights and activations are not modelled")
     if re.search(r"cuda ?graph", row["note"], re.IGNORECASE) and not re.search(r"no cuda ?graph", row["note"], re.IGNORECASE):
         raise Refusal("the memory pools of CUDA graphs are not modelled")
 
 
 def _shape(row: Mapping[str, str], framework: str, recipe: Mapping[str, Any]) -> ModelShape:
-    num_layers = int(row["num_layers"]) if row["num_layers"] else None
+    num_layers = _number(row, "num_layers", default=0) or None
     if "model" in recipe:
         return shape_of(_with_note(recipe["model"], row["note"]), num_layers)
     name = re.sub(r"[\[(].*", "", row["model"])
@@ -200,16 +208,17 @@ def _with_note(entry: Mapping[str, Any], note: str) -> dict[str, Any]:
 
 
 def _layout(row: Mapping[str, str], shape: ModelShape, recipe: Mapping[str, Any]) -> Layout:
-    tp, pp, cp = (int(row[name] or 1) for name in ("tp", "pp", "cp"))
-    ep = int(row["ep"] or 1)
-    etp = int(row["etp"]) if row["etp"] else (tp if ep == 1 else None)
-    if shape.experts is not None and etp is None:
-        etp = tp  # megatron-core's default
-    num_chunks = int(row["vpp"]) if row["vpp"] else recipe.get("virtual_pipeline_size", 1)
+    tp, pp, cp, ep = (_number(row, name, default=1) for name in ("tp", "pp", "cp", "ep"))
+    etp = _number(row, "etp", default=tp)  # megatron-core's default
+    num_chunks = _number(row, "vpp", default=recipe.get("virtual_pipeline_size", 1)) if pp > 1 else 1
     num_gpus, mbs = _number(row, "gpus"), _number(row, "mbs")
     model_ranks = tp * pp * cp
-    if num_gpus % model_ranks or (shape.experts is not None and num_gpus % (pp * ep * (etp or 1))):
+    if num_gpus % model_ranks or (shape.experts is not None and num_gpus % (pp * ep * etp)):
         raise Refusal(f"the layout does not divide {num_gpus} GPUs")
+    if shape.experts is not None and shape.experts.num_experts % ep:
+        raise Refusal(f"ep ({ep}) does not divide {shape.experts.num_experts} experts")
+    if shape.num_layers < pp * num_chunks:
+        raise Refusal(f"{pp} stages of {num_chunks} chunks are more than {shape.num_layers} layers")
     dp = num_gpus // model_ranks
     return Layout(
         tensor_parallel_size=tp,
@@ -217,7 +226,7 @@ def _layout(row: Mapping[str, str], shape: ModelShape, recipe: Mapping[str, Any]
         virtual_pipeline_size=num_chunks if num_chunks > 1 else None,
         context_parallel_size=cp,
         expert_parallel_size=ep if shape.experts is not None else 1,
-        expert_tensor_parallel_size=etp or 1 if shape.experts is not None else 1,
+        expert_tensor_parallel_size=etp if shape.experts is not None else 1,
         data_parallel_size=dp,
         sequence_parallel=tp > 1 and "sp=False" not in row["note"],
         use_distributed_optimizer="dist_opt=False" not in row["note"],
@@ -233,7 +242,7 @@ def _num_micro_batches(row: Mapping[str, str], dp: int, mbs: int, pp: int) -> in
     if stated:
         return int(stated[1])
     if row["gbs"]:
-        return max(1, int(row["gbs"]) // (dp * mbs))
+        return max(1, _number(row, "gbs") // (dp * mbs))
     if pp > 1:
         raise Refusal("neither gbs nor the number of micro-batches is published, and a pipeline holds as many as it has")
     return 1
@@ -293,14 +302,24 @@ def _peak(row: Mapping[str, str]) -> Peak | None:
         return None
     unit = row["mem_unit"].lower()
     counter: Counter = "reserved" if "reserved" in unit else "device" if "smi" in unit or "device" in unit else "allocated"
-    return Peak(float(row["peak_mem_GB"]) * (GB if "1e9" in unit else GIB), counter, ends_only="rank0" in unit or "last" in unit)
+    try:
+        peak = float(row["peak_mem_GB"].replace(",", ""))
+    except ValueError:
+        raise Refusal(f"peak_mem_GB ({row['peak_mem_GB']}) is not a number") from None
+    return Peak(peak * (GB if "1e9" in unit else GIB), counter, ends_only="rank0" in unit or "last" in unit)
 
 
-def _number(row: Mapping[str, str], name: str) -> int:
+def _number(row: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """A whole number. Refusal where there is none and no default, or something else."""
     if not row[name]:
+        if default is not None:
+            return default
         names = {"gpus": "the number of GPUs", "mbs": "the micro-batch size", "seq": "the sequence length"}
-        raise Refusal(f"{names[name]} is not published")
-    return int(row[name])
+        raise Refusal(f"{names.get(name, name)} is not published")
+    try:
+        return int(float(row[name].replace(",", "")))
+    except ValueError:
+        raise Refusal(f"{name} ({row[name]}) is not a number") from None
 
 
 def _is_set(text: str) -> bool:

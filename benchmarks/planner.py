@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -59,7 +60,7 @@ def score_memory(rows: list[dict[str, str]]) -> tuple[list[MemoryScore], list[tu
     """Scores of the rows with a published peak, and (id, model, reason) of those that cannot be mapped."""
     mapped, refused = [], []
     for row in rows:
-        if not row["peak_mem_GB"]:
+        if not row["peak_mem_GB"] or _is_computed(row):
             continue
         try:
             mapped.append(inputs_of(row))
@@ -71,24 +72,40 @@ def score_memory(rows: list[dict[str, str]]) -> tuple[list[MemoryScore], list[tu
     return scores, refused
 
 
-def wrongly_fitting(rows: list[dict[str, str]]) -> tuple[list[str], int]:
-    """Ids of layouts that ran out of memory and that the planner calls fitting, and how many such layouts could be mapped."""
-    wrong, total = [], 0
+def _is_computed(row: Mapping[str, str]) -> bool:
+    """Of another estimator, not of a run."""
+    return any(word in row["status"].lower() for word in ("predict", "simulat", "estimat"))
+
+
+@dataclass(frozen=True, slots=True)
+class FitScore:
+    """Layouts on known devices by what happened and what the planner says; ids of the rows where both differ."""
+
+    num_ran: int
+    called_too_large: list[str]
+    num_out_of_memory: int
+    called_fitting: list[str]
+
+
+def score_fit(rows: list[dict[str, str]]) -> FitScore:
+    """Of the rows that can be mapped; a row with a measurement ran."""
+    ran, too_large, failed, fitting = 0, [], 0, []
     for row in rows:
         try:
             inputs = inputs_of(row)
         except Refusal:
             continue
         gpu = gpu_of(inputs.gpu)
-        if not inputs.ran_out_of_memory or gpu is None:
+        if gpu is None:
             continue
-        total += 1
-        if (
-            with_margin(max(train_allocated_bytes(inputs.shape, inputs.layout, inputs.options)), inputs.layout)
-            <= gpu.memory_bytes
-        ):
-            wrong.append(inputs.row_id)
-    return wrong, total
+        needed = with_margin(max(train_allocated_bytes(inputs.shape, inputs.layout, inputs.options)), inputs.layout)
+        if inputs.ran_out_of_memory:
+            failed += 1
+            fitting += [inputs.row_id] if needed <= gpu.memory_bytes else []
+        elif row["status"] == "measured":
+            ran += 1
+            too_large += [inputs.row_id] if needed > gpu.memory_bytes else []
+    return FitScore(ran, too_large, failed, fitting)
 
 
 def print_memory(rows: list[dict[str, str]]) -> None:
@@ -112,8 +129,11 @@ def print_memory(rows: list[dict[str, str]]) -> None:
             print(
                 f"{name}: {len(errors)} rows, mean |error| {mean(errors):.2%}, median {median(errors):.2%}, worst {max(errors):.2%}"
             )
-    wrong, total = wrongly_fitting(rows)
-    print(f"layouts that ran out of memory: {total}, called fitting: {len(wrong)} {wrong or ''}")
+    fit = score_fit(rows)
+    print(
+        f"layouts that ran out of memory: {fit.num_out_of_memory}, called fitting: {len(fit.called_fitting)} {fit.called_fitting or ''}"
+    )
+    print(f"layouts that ran: {fit.num_ran}, called too large: {len(fit.called_too_large)} {fit.called_too_large or ''}")
     print(f"\nnot mapped: {len(refused)} rows")
     for reason, count in Counter(reason for _, _, reason in refused).most_common():
         ids = [row_id for row_id, _, other in refused if other == reason]

@@ -8,7 +8,7 @@ from statistics import mean
 import pytest
 
 from benchmarks.layout_rows import FACTS, Refusal, inputs_of, read_rows
-from benchmarks.planner import score_memory, wrongly_fitting
+from benchmarks.planner import score_fit, score_memory
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "layouts.csv"
 ROWS = {row["id"]: row for row in read_rows(FACTS)}
@@ -31,7 +31,8 @@ def test_peaks_of_all_published_rows():
     predictions = [abs(score.error) for score in scores if not score.is_fit]
     assert len(predictions) >= 6 and mean(predictions) <= 0.025
     assert all(reason for _, _, reason in refused)
-    assert wrongly_fitting(rows)[0] == []
+    fit = score_fit(rows)
+    assert not fit.called_fitting and not fit.called_too_large and fit.num_ran >= 40
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,10 @@ def test_peaks_of_all_published_rows():
         ({"offload": "activations"}, "only that of the optimizer"),
         ({"recompute": "everything"}, "is not one of none, full, block"),
         ({"note": "", "gbs": ""}, "a pipeline holds as many as it has"),
+        ({"tp": "two"}, r"tp \(two\) is not a number"),
+        ({"peak_mem_GB": "65/72"}, "is not a number"),
+        ({"pp": "8", "vpp": "2", "gpus": "8"}, "are more than 12 layers"),
+        ({"model": "mixtral-8x7B", "ep": "3", "gpus": "6", "tp": "1", "pp": "1", "etp": "1"}, "does not divide 8 experts"),
     ],
 )
 def test_row_that_says_too_little_is_refused_with_what_it_lacks(changes, words):
@@ -62,6 +67,13 @@ def test_unit_of_a_peak(unit, factor):
 def test_what_a_peak_counts(unit, counter):
     peak = inputs_of(ROWS["281"] | {"mem_unit": unit}).peak
     assert peak is not None and peak.counter == counter
+
+
+def test_layout_that_ran_out_of_memory_is_not_called_fitting_and_one_that_ran_is_not_called_too_large():
+    small, large = ROWS["284"] | {"id": "small"}, ROWS["321"] | {"id": "large", "gpu": "H100-80"}
+    fit = score_fit([small, small | {"status": "OOM"}, large, large | {"status": "OOM"}])
+    assert (fit.num_ran, fit.called_too_large) == (2, ["large"])
+    assert (fit.num_out_of_memory, fit.called_fitting) == (2, ["small"])
 
 
 def test_settings_of_a_row_reach_the_planner():
