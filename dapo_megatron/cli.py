@@ -510,6 +510,36 @@ def probe(
     raise typer.Exit(probe(request, Console()))
 
 
+@app.command("job-node", hidden=True)
+def job_node(config: Annotated[Path, typer.Argument(help="RUN/slurm/config.json, as `submit` writes it.")]) -> None:
+    """One task on each node of a Slurm job; the script of `submit` starts it."""
+    from dapo_megatron.config.load import load_config
+    from dapo_megatron.launcher.slurm.node import run_node
+    from dapo_megatron.train import run
+
+    raise typer.Exit(run_node(load_config([config]), run))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def preflight(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="CONFIG [--PATH VALUE]", help="YAML files, then overrides.", show_default=False)
+    ],
+) -> None:
+    """Check this machine as a job checks its nodes before a run.
+
+    Versions, GPUs and who uses them, host memory against what the run needs, /dev/shm, ports. A job looks besides at the shared run folder,
+    at clocks, and at an all-reduce over all nodes. Exit code 87: something is bad, and named.
+    """
+    from rich.console import Console
+
+    from dapo_megatron.config.load import load_config
+    from dapo_megatron.launcher.slurm.preflight import preflight_here
+
+    files, overrides = split_arguments(arguments)
+    preflight_here(load_config(files, overrides), Console())
+
+
 @app.command()
 def config(
     prefix: Annotated[str, typer.Argument(help="Only this section or path, e.g. `actor` or `actor.optimizer`.")] = "",

@@ -20,6 +20,7 @@ from dapo_megatron.config.schema import Config
 from dapo_megatron.data.loader import PromptStream
 from dapo_megatron.data.prompts import DataReport, PromptSet, load_prompts
 from dapo_megatron.exit_codes import ExitCode
+from dapo_megatron.launcher.backends import RayCluster
 from dapo_megatron.launcher.controller import read_state
 from dapo_megatron.launcher.identity import RunIdentity, identity_of, installed_version, require_same
 from dapo_megatron.launcher.run_folder import RunFolder, num_steps_of
@@ -36,21 +37,21 @@ RESTARTABLE = (WorkerDiedError, EngineError, NumericsError)
 logger = logging.getLogger(__name__)
 
 
-def run(config: Config, *, check_only: bool, strict: bool = False) -> int:
+def run(config: Config, *, check_only: bool, strict: bool = False, cluster: RayCluster | None = None) -> int:
     """`dapo-megatron train`. Returns the exit code; user errors are raised as DapoMegatronError.
 
-    `strict`: a run that will not fit on the GPU of `cluster.gpu` is such an error, not a warning.
+    `strict`: a run that will not fit on the GPU of `cluster.gpu` is such an error, not a warning. `cluster`: the Ray of a job.
     """
     with stop_on_signals() as stop:
         try:
-            return _run(config, stop, check_only=check_only, strict=strict)
+            return _run(config, stop, check_only=check_only, strict=strict, cluster=cluster)
         except KeyboardInterrupt:
             if stop.reason is None:
                 raise
             return _stopped(config, stop, Console())  # nothing was under way that could be lost
 
 
-def _run(config: Config, stop: StopRequest, *, check_only: bool, strict: bool) -> int:
+def _run(config: Config, stop: StopRequest, *, check_only: bool, strict: bool, cluster: RayCluster | None) -> int:
     console = Console()
     prepare(config)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # reward workers are started from this process
@@ -68,7 +69,7 @@ def _run(config: Config, stop: StopRequest, *, check_only: bool, strict: bool) -
         asyncio.run(_check_reward(config))
         console.print(f"{config.run.dir}: nothing stands against this run", highlight=False, soft_wrap=True)
         return 0
-    return _train(config, prompts, held_out, identity, start, console, stop)
+    return _train(config, prompts, held_out, identity, start, console, stop, cluster)
 
 
 def _stopped(config: Config, stop: StopRequest, console: Console) -> int:
@@ -169,6 +170,7 @@ def _train(
     start: Path | None,
     console: Console,
     stop: StopRequest,
+    cluster: RayCluster | None,
 ) -> int:
     from dapo_megatron.launcher.backends import session
 
@@ -181,11 +183,13 @@ def _train(
         )
         return 0
     folder.create({"config": resolved_dict(config), "versions": versions(), "commit": commit()})
-    with session(config):
+    if cluster is not None:  # of this attempt alone: the run folder does not name it
+        config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"ray_address": cluster.address})})
+    with session(config, cluster):
         stop.arm()
         for restarts_left in range(config.run.max_restarts, -1, -1):
             try:
-                ended = _train_once(config, prompts, held_out, identity, folder, start, console, stop)
+                ended = _train_once(config, prompts, held_out, identity, folder, start, console, stop, cluster)
                 return ExitCode.DONE if ended else _stopped(config, stop, console)
             except RESTARTABLE as error:
                 if not restarts_left or stop.reason is not None:
@@ -223,6 +227,7 @@ def _train_once(
     start: Path | None,
     console: Console,
     stop: StopRequest,
+    cluster: RayCluster | None,
 ) -> bool:
     """False: told to stop before the end."""
     from dapo_megatron.eval.measure import Protocol, held_out_metrics
@@ -244,7 +249,7 @@ def _train_once(
     with (
         MetricsWriter(folder.path, config.metrics) as writer,
         RunConsole(config.train.num_rollout_steps, num_steps_done=done, console=console) as screen,
-        backend(config, folder.logs) as processes,
+        backend(config, folder.logs, cluster=cluster) as processes,
     ):
         writer.truncate_after(done - 1 if state and state.unreported is not None else done)
 

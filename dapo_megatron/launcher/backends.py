@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dapo_megatron.config.schema import Config
+from dapo_megatron.launcher.placement import ClusterNode
 
 if TYPE_CHECKING:
     from dapo_megatron.launcher.local_backend import LocalBackend
@@ -18,17 +20,27 @@ Ranks = Literal["training", "frozen", "none"]
 """What the actor ranks are for: to train; to hold the weights of a checkpoint; not started at all."""
 
 
-def session(config: Config) -> AbstractContextManager[None]:
-    """What `backend` needs around it; a restarted run stays in it."""
+@dataclass(frozen=True, slots=True)
+class RayCluster:
+    """A Ray that was started for the run: its address, and its nodes in the order in which ranks are numbered over them."""
+
+    address: str
+    nodes: tuple[ClusterNode, ...]
+
+
+def session(config: Config, cluster: RayCluster | None = None) -> AbstractContextManager[None]:
+    """What `backend` needs around it; a restarted run stays in it. With `cluster`: once all its nodes are there."""
     if config.cluster.backend == "local":
         return nullcontext()
     from dapo_megatron.launcher.ray_backend import ray_session
 
-    return ray_session(config)
+    return ray_session(config, cluster)
 
 
 @contextmanager
-def backend(config: Config, logs: Path, ranks: Ranks = "training") -> Iterator[RayBackend | LocalBackend]:
+def backend(
+    config: Config, logs: Path, ranks: Ranks = "training", *, cluster: RayCluster | None = None
+) -> Iterator[RayBackend | LocalBackend]:
     """Start the actor ranks and the engines of a run or of an evaluation and, on leaving, stop them."""
     if config.cluster.backend == "local":
         from dapo_megatron.launcher.local_backend import local_backend
@@ -38,7 +50,7 @@ def backend(config: Config, logs: Path, ranks: Ranks = "training") -> Iterator[R
         return
     from dapo_megatron.launcher.ray_backend import ray_backend
 
-    with ray_backend(config, logs, ranks) as ray_processes:
+    with ray_backend(config, logs, ranks, cluster=cluster) as ray_processes:
         yield ray_processes
 
 

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import tempfile
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,10 +28,12 @@ from dapo_megatron.actor.probed import Probed
 from dapo_megatron.actor.replayed import Replay
 from dapo_megatron.config.fields import either
 from dapo_megatron.config.schema import Config, HfEngineConfig, SglangEngineConfig
-from dapo_megatron.launcher.backends import Ranks
+from dapo_megatron.launcher.backends import Ranks, RayCluster
 from dapo_megatron.launcher.held_weights import HeldWeights
+from dapo_megatron.launcher.placement import ClusterNode, Wanted, place
 from dapo_megatron.launcher.rank import build_rank
 from dapo_megatron.launcher.server_process import ServerProcess
+from dapo_megatron.launcher.slurm.network import interface_of
 from dapo_megatron.rollout.attached import Reattach, attach
 from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult
 from dapo_megatron.rollout.router import Decode, Router
@@ -71,6 +74,9 @@ class RankProcess:
 
     def start(self, init_method: str, frozen: bool) -> int:
         """Join the other ranks. Returns this rank's data-parallel rank."""
+        if init_method.startswith("tcp:") and (interface := interface_of(ray.util.get_node_ip_address())):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # else gloo takes what the host name means, maybe loopback
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
         self._worker = build_rank(self._config, rank=self._rank, init_method=init_method, frozen=frozen)
         from dapo_megatron.actor import parallel
 
@@ -338,8 +344,11 @@ class RayBackend:
 
 
 @contextmanager
-def ray_session(config: Config) -> Iterator[None]:
-    """Connect to the configured Ray, or start a local one (loopback only) and stop it at the end."""
+def ray_session(config: Config, cluster: RayCluster | None = None) -> Iterator[None]:
+    """Connect to the configured Ray, or start a local one (loopback only) and stop it at the end.
+
+    With `cluster`: EngineError that names its nodes that did not join.
+    """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if config.cluster.ray_address is None:
@@ -351,6 +360,8 @@ def ray_session(config: Config) -> Iterator[None]:
         }
     else:
         options |= {"address": config.cluster.ray_address}
+        if cluster is not None:  # this process is on the node of its head
+            options |= {"_node_ip_address": cluster.address.rpartition(":")[0]}
     try:
         ray.init(**options)
     except Exception as error:  # ray raises bare Exception when its processes do not come up in time
@@ -358,13 +369,37 @@ def ray_session(config: Config) -> Iterator[None]:
             f"Ray did not start ({error}); look at /tmp/ray/session_latest/logs, or set cluster.ray_address"
         ) from error
     try:
+        if cluster is not None:
+            _wait_for_nodes(cluster, config.cluster.startup_deadline_seconds)
         yield
     finally:
         ray.shutdown()
 
 
+def _wait_for_nodes(cluster: RayCluster, deadline_seconds: float) -> None:
+    end = time.monotonic() + deadline_seconds
+    while missing := [node.name for node in cluster.nodes if node.address not in _alive_nodes()]:
+        if time.monotonic() > end:
+            raise EngineError(
+                f"{', '.join(missing)} did not join Ray at {cluster.address} within cluster.startup_deadline_seconds ({deadline_seconds:g})"
+            )
+        time.sleep(0.1)
+
+
+def _alive_nodes() -> dict[str, dict[str, float]]:
+    """Address -> resources."""
+    return {node["NodeManagerAddress"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+
+
 @contextmanager
-def ray_backend(config: Config, logs: Path, ranks: Ranks = "training", *, num_engines: int | None = None) -> Iterator[RayBackend]:
+def ray_backend(
+    config: Config,
+    logs: Path,
+    ranks: Ranks = "training",
+    *,
+    num_engines: int | None = None,
+    cluster: RayCluster | None = None,
+) -> Iterator[RayBackend]:
     """Start all processes of a run or of an evaluation and, on leaving, stop them. Needs an open `ray_session`.
 
     `num_engines` in place of rollout.num_engines: 0 starts the actor ranks alone.
@@ -373,7 +408,7 @@ def ray_backend(config: Config, logs: Path, ranks: Ranks = "training", *, num_en
     num_engines = config.rollout.num_engines if num_engines is None else num_engines
     settings = config.rollout.engine
     attached = isinstance(settings, SglangEngineConfig) and bool(settings.engine_urls)
-    group, bundles = _place(config, num_ranks, 0 if attached else num_engines)
+    group, bundles = _place(config, num_ranks, 0 if attached else num_engines, cluster)
 
     for log_file in logs.glob("*.log"):
         log_file.unlink()  # an engine that is started again goes on with its own
@@ -561,8 +596,8 @@ class _Bundles:
         return {"index": bundle, "num_cpus": self.share, "num_gpus": self.share * num_gpus if self.gpu else 0}
 
 
-def _place(config: Config, ranks: int, engines: int) -> tuple[PlacementGroup, _Bundles]:
-    """One bundle a rank; engines share them when colocated, else have their own."""
+def _place(config: Config, ranks: int, engines: int, cluster: RayCluster | None) -> tuple[PlacementGroup, _Bundles]:
+    """One bundle a rank; engines share them when colocated, else have their own. Over several nodes each bundle has its node."""
     split = config.cluster.placement == "split" or ranks == 0
     gpu = ray.cluster_resources().get("GPU", 0) > 0
     settings = config.rollout.engine
@@ -570,6 +605,8 @@ def _place(config: Config, ranks: int, engines: int) -> tuple[PlacementGroup, _B
     num_gpus = [1] * ranks + [size] * (engines if split else 0)
     most_on_a_bundle = 1 if split else 1 + -(-engines * size // ranks)
     wanted = [{"CPU": 1.0, **({"GPU": float(count)} if gpu else {})} for count in num_gpus]
+    for bundle, address in zip(wanted, _addresses(config, ranks, engines if split else 0, size, cluster, gpu=gpu), strict=True):
+        bundle |= {f"node:{address}": 0.001} if address is not None else {}
     group = placement_group(wanted or [{"CPU": 0.01}], strategy="PACK")
     if not group.wait(config.cluster.startup_deadline_seconds):
         ray.util.remove_placement_group(group)
@@ -578,6 +615,33 @@ def _place(config: Config, ranks: int, engines: int) -> tuple[PlacementGroup, _B
             f"{f' and {sum(num_gpus)} GPUs' if gpu else ''}; it has {ray.cluster_resources()}"
         )
     return group, _Bundles(ranks, 1.0 / most_on_a_bundle, gpu, split, size)
+
+
+def _addresses(
+    config: Config, ranks: int, engines: int, engine_size: int, cluster: RayCluster | None, *, gpu: bool
+) -> list[str | None]:
+    """The node of each rank, then of each engine with a bundle of its own; None on one machine."""
+    alive = _alive_nodes()
+    if len(alive) < 2 or not ranks:
+        return [None] * (ranks + engines)
+    known = (
+        cluster.nodes if cluster is not None else [ClusterNode(address, address, 0) for address in sorted(alive, key=_by_number)]
+    )
+    nodes = [replace(node, num_slots=int(alive[node.address].get("GPU" if gpu else "CPU", 0))) for node in known]
+    sizes = Wanted(
+        num_ranks=ranks, tensor_parallel_size=config.actor.tensor_parallel_size, num_engines=engines, engine_size=engine_size
+    )
+    placement = place(nodes, sizes, on_gpus=gpu)
+    if placement.spanning is not None and gpu:
+        logger.warning(
+            f"tensor-parallel group {placement.spanning} spans nodes: actor.tensor_parallel_size ({config.actor.tensor_parallel_size}) is "
+            f"more than the GPUs of a node ({max(node.num_slots for node in nodes)}); every layer then waits for the network"
+        )
+    return [nodes[at].address for at in (*placement.ranks, *placement.engines)]
+
+
+def _by_number(address: str) -> list[int]:
+    return [int(part) for part in address.split(".")]
 
 
 def _start(cls: type, name: str, log_file: Path, group: PlacementGroup, place: dict[str, Any], *args: Any) -> Process:

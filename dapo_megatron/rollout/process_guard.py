@@ -32,7 +32,8 @@ def main(command: list[str]) -> int:
     poll = select.poll()
     poll.register(ended, select.POLLIN)
     poll.register(sys.stdin, select.POLLIN | select.POLLHUP)
-    if not any(descriptor == ended for descriptor, _ in poll.poll()):
+    hears_sigterm = signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    if not any(descriptor == ended for descriptor, _ in poll.poll()) and hears_sigterm:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_SECONDS)
