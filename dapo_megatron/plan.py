@@ -93,7 +93,7 @@ def run(command: PlanCommand) -> int:
     found = plan(request) if wanted is None else _only(plan(request, partial(cut_matching, wanted=wanted)), wanted)
     chosen = next((candidate for candidate in found.candidates if release_problem(candidate.layout) is None), None)
     if command.as_json:
-        console.print_json(json.dumps(as_dict(found, command.top), default=str))
+        print(json.dumps(as_dict(found, command.top), indent=2))
     elif wanted is not None:
         _explain(found, wanted, console)
     else:

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,21 @@ from dapo_megatron import cli
 from dapo_megatron.config.checks import check_layout
 from dapo_megatron.config.load import load_config, resolved_dict
 from dapo_megatron.layout.from_config import layout_of
+from dapo_megatron.layout.search import plan
 from tests.published_configs import QWEN2_5_32B, QWEN3_8B, QWEN3_235B_A22B
 
 MODEL_FILE = Path(__file__).parents[2] / "configs" / "models" / "qwen2.5-32b.json"
 SMALL = ("--gpus", "8", "--gpu", "h100-80", "--response-tokens", "8192")
 """Qwen3-8B on one node."""
+
+
+@pytest.fixture(autouse=True)
+def plans_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same question has the same answer: tests that ask it again share it."""
+    monkeypatch.setattr("dapo_megatron.plan.plan", _plan_once)
+
+
+_plan_once = cache(plan)
 
 
 @pytest.fixture(scope="module")
