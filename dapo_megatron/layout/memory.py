@@ -185,6 +185,7 @@ def _train(
         live = layer.kept * (layout.recompute.num_layers if layout.recompute.method == "uniform" else 1) if recomputed else 0.0
         workspace = max(workspace, layer.transient + layer.recomputed + live)
     head = head_memory(shape, layout, options) if is_last else HeadMemory(0.0, 0.0)
+    lasting, passing = (states.linear_grad_bytes, 0.0) if options.fused_grad_accumulation else (0.0, states.linear_grad_bytes)
     return [
         ("weights", states.weight_bytes),
         ("gradients", states.grad_bytes),
@@ -194,8 +195,8 @@ def _train(
         ("activations: experts", experts * tokens),
         ("activations: layer inputs", inputs * tokens),
         ("LM head and loss", head.kept_bytes + head.workspace_bytes),
-        ("backward workspace", max(0.0, workspace * tokens - head.workspace_bytes)),
-        ("gradient buffers of linear layers", states.dummy_grad_bytes),
+        ("backward workspace", max(0.0, workspace * tokens + passing - head.workspace_bytes)),
+        ("gradient buffers of linear layers", lasting),
     ]
 
 

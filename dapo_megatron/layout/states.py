@@ -34,8 +34,9 @@ class StageStates:
     """In host memory, where Adam runs there (`optimizer_offload_fraction`)."""
     optimizer_shard_bytes: float
     """On the device and in host memory together."""
-    dummy_grad_bytes: float
-    """One low-precision gradient of each distinct matrix, which TransformerEngine keeps where it adds gradients up itself."""
+    linear_grad_bytes: float
+    """Low-precision gradients of linear layers. Where TransformerEngine adds gradients up itself it keeps one of each distinct matrix;
+    elsewhere the largest is there for a moment, of experts those of a layer together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +106,8 @@ def _stage_states(
             )
             for chunk, (dense, moe) in enumerate(zip(counts.dense, counts.moe, strict=True))
         ]
-        distinct = _distinct_layer_elements(shape, counts, layout, options)
-        stages.append(_states(chunks, distinct, layout, num_shards, num_expert_shards, distributed, offload_fraction, options))
+        linear_grad = _linear_grad_elements(shape, counts, layout, options)
+        stages.append(_states(chunks, linear_grad, layout, num_shards, num_expert_shards, distributed, offload_fraction, options))
     return tuple(stages)
 
 
@@ -137,18 +138,19 @@ def _of_rank(weights: _Counted, layout: Layout) -> RankParameters:
     return sum((rank_parameters((weight,), layout) * count for weight, count in weights), RankParameters())
 
 
-def _distinct_layer_elements(shape: ModelShape, layers: StageLayers, layout: Layout, options: MemoryOptions) -> int:
-    """Of one matrix of every size that the layers have."""
+def _linear_grad_elements(shape: ModelShape, layers: StageLayers, layout: Layout, options: MemoryOptions) -> int:
     kinds = [has_experts for has_experts, counts in ((False, layers.dense), (True, layers.moe)) if sum(counts)]
     weights = {
         weight for has_experts in kinds for weight in layer_weights(shape, has_experts, options.kernels) if weight.columns > 1
     }
-    return sum({(weight.rows, weight.columns, weight.split): local_elements(weight, layout) for weight in weights}.values())
+    if options.fused_grad_accumulation:
+        return sum({(weight.rows, weight.columns, weight.split): local_elements(weight, layout) for weight in weights}.values())
+    return max((rank_parameters((weight,), layout).total for weight in weights), default=0)
 
 
 def _states(
     chunks: list[_Counted],
-    distinct: int,
+    linear_grad: int,
     layout: Layout,
     num_shards: int,
     num_expert_shards: int,
@@ -180,5 +182,5 @@ def _states(
         optimizer_bytes=optimizer * (1 - offload_fraction),
         host_optimizer_bytes=optimizer * offload_fraction,
         optimizer_shard_bytes=optimizer,
-        dummy_grad_bytes=precision.weight_bytes * distinct if options.fused_grad_accumulation else 0.0,
+        linear_grad_bytes=precision.weight_bytes * linear_grad,
     )
