@@ -18,6 +18,8 @@ _STYLES: Mapping[str, Mapping[str, Any]] = {
     "gpt": {"swiglu": False, "normalization": "LayerNorm", "add_bias_linear": True},
     "nemotron": {"swiglu": False, "normalization": "LayerNorm", "add_bias_linear": False},
 }
+_DECORATION = re.compile(r"(?<![a-z0-9])(meta|hf|base|chat|instruct|thinking|pretrain|sft)(?![a-z0-9])")
+"""Words around a name that say nothing about the shape."""
 _LATENT_DEFAULTS = {"qk_head_dim": 128, "qk_pos_emb_head_dim": 64, "v_head_dim": 128}
 
 
@@ -36,7 +38,7 @@ def shape_of(entry: Mapping[str, Any], num_layers: int | None = None) -> ModelSh
 
 def find_model(name: str, framework: str) -> Mapping[str, Any] | None:
     """The entry whose name a row gives; one of the row's own framework comes first. None for an unknown model."""
-    wanted = re.sub(r"[^a-z0-9]", "", name.lower())
+    wanted = re.sub(r"[^a-z0-9]", "", _DECORATION.sub("", name.lower()))
     found = [entry for entry in _entries() if any(re.fullmatch(pattern, wanted) for pattern in entry["names"])]
     own = [entry for entry in found if entry.get("framework") == framework]
     common = [entry for entry in found if "framework" not in entry]

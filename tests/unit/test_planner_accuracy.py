@@ -95,7 +95,8 @@ def test_settings_of_a_row_reach_the_planner():
     "name, billions",
     [
         ("LLAMA3.1 8B", 8.03),
-        ("llama3-70B", 70.55),
+        ("Meta-Llama-3-70B-Instruct", 70.55),
+        ("llama3_70b_pretrain", 70.55),
         ("Llama 3.1-405B", 405.85),
         ("Qwen3_30B_A3B", 30.53),
         ("Qwen3-235B-A22B", 235.09),
