@@ -37,7 +37,7 @@ from dapo_megatron.weights.transports.channel import (
 from dapo_megatron.weights.transports.disk import DiskChannel, VersionFolder
 from dapo_megatron.weights.transports.distributed import DistributedChannels
 from dapo_megatron.weights.transports.fan_out import FanOut
-from dapo_megatron.weights.transports.records import PushReport, PushRules, Transport
+from dapo_megatron.weights.transports.records import PushReport, PushRules, Transport, reads_gpu
 from dapo_megatron.weights.transports.server import WeightServer
 from dapo_megatron.weights.transports.tensor import TensorChannel, shared_memory
 
@@ -186,13 +186,6 @@ class _Bucket:
     plan: BucketPlan
     gathered: tuple[StagedTensor, ...]
     sent: tuple[StagedTensor, ...]
-
-
-def reads_gpu(endpoint: EngineEndpoint, transport: Transport, gpu_id: int | None) -> bool:
-    """Whether the server can take weights out of the memory of the sender's GPU: through NCCL, or mapped where it sees this GPU."""
-    if endpoint.device != "cuda":
-        return False
-    return transport == "distributed" or (transport == "tensor" and gpu_id in endpoint.gpu_ids)
 
 
 def _kind(endpoint: EngineEndpoint) -> _Kind:

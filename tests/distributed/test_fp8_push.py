@@ -129,7 +129,7 @@ def push(rank: int, init_method: str, config: Any, target: EngineEndpoint) -> An
 
 
 def pushed(model: Path, endpoint: Endpoint, num_ranks: int) -> Any:
-    config = programs.make_config(model, "bf16", tensor_parallel_size=num_ranks)
+    config = programs.make_config(model, "bf16", tensor_parallel_size=num_ranks, offload=True)
     engine = {"type": "sglang", "dtype": "bf16", "weight_transport": "tensor"}
     rollout = type(config.rollout).model_validate({"engine": engine, "weight_bucket_mib": 1})
     target = EngineEndpoint("engine 0", f"http://127.0.0.1:{endpoint.server_port}", 1, "cpu")

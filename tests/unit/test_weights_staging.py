@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dapo_megatron.types import EngineEndpoint
 from dapo_megatron.weights.codecs import Fp8Codec, dequantise, fp8_codec, quantise
 from dapo_megatron.weights.transports.channel import StagedBucket, encode, plain_entries, quantised_entries
+from dapo_megatron.weights.transports.records import reads_gpu
 
 WEIGHTS = {
     "q.weight": torch.randn(24, 12, generator=torch.Generator().manual_seed(0)),
@@ -79,3 +81,20 @@ def test_scales_that_are_powers_of_two_encode_again_to_the_same():
     decoded = dequantise(encoded, scales, whole, (8, 8))
     again = dequantise(*quantise(decoded, (8, 8), powers_of_two=True), whole, (8, 8))
     assert torch.equal(decoded, again)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpu_ids", "transport", "gpu_id", "reads"),
+    [
+        ("cuda", (0, 1), "tensor", 0, True),
+        ("cuda", (2, 3), "tensor", 0, False),
+        ("cuda", (), "tensor", None, False),
+        ("cuda", (5,), "distributed", 0, True),
+        ("cuda", (0,), "disk", 0, False),
+        ("cpu", (), "tensor", None, False),
+        ("cpu", (), "distributed", 0, False),
+    ],
+)
+def test_buckets_stay_on_the_gpu_for_servers_that_can_read_there(device, gpu_ids, transport, gpu_id, reads):
+    endpoint = EngineEndpoint("engine 0", "http://10.0.0.1:1", 2, device, gpu_ids=gpu_ids)
+    assert reads_gpu(endpoint, transport, gpu_id) is reads

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from dapo_megatron.types import EngineEndpoint
+
 Transport = Literal["tensor", "distributed", "disk"]
 
 
@@ -52,3 +54,10 @@ class PushReport:
             "weights/check_seconds": self.check_seconds,
             "weights/num_engines_failed": len(self.failures),
         }
+
+
+def reads_gpu(endpoint: EngineEndpoint, transport: Transport, gpu_id: int | None) -> bool:
+    """Whether the server can take weights out of the memory of the sender's GPU: through NCCL, or mapped where it sees this GPU."""
+    if endpoint.device != "cuda":
+        return False
+    return transport == "distributed" or (transport == "tensor" and gpu_id in endpoint.gpu_ids)
