@@ -105,6 +105,7 @@ def inputs_of(row: Mapping[str, str], *, for_time: bool = False) -> RowInputs:
         fused_grad_accumulation=recipe.get("fused_grad_accumulation", convention.fused_grad_accumulation),
         vocab_multiple=convention.vocab_multiple,
         dropout=recipe.get("dropout", False),
+        expert_imbalance=1.0,
         flash_attention=recipe.get("flash_attention", True),
         sequence_tokens=_number(row, "seq"),
         fully_sharded=_is_set(row["fsdp"]),

@@ -48,8 +48,9 @@ class MemoryOptions:
     """The padded vocabulary is a multiple of this times the tensor-parallel size; Megatron-LM's default is 128."""
     dropout: bool = False
     """Hidden dropout in training, which keeps a mask."""
-    expert_imbalance: float = 1.0
-    """Tokens of the busiest expert-parallel rank over the mean."""
+    expert_imbalance: float = 1.2
+    """Tokens of the busiest expert-parallel rank over the mean. The policy is trained without a balancing loss, so some room is left;
+    published pretraining balances, 1."""
     weight_bucket_bytes: int = 512 * 2**20
     """Size of one piece of the weight sync."""
     disk_bytes_per_second: float = 2e9

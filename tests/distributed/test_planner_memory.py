@@ -103,6 +103,7 @@ def _options(case: Case) -> MemoryOptions:
         precision=fp32 if case.dtype == "fp32" else Precision(),
         flash_attention="latent" not in case.name,
         sequence_tokens=SEQUENCE_TOKENS,
+        expert_imbalance=1.0,
     )
 
 
