@@ -63,12 +63,51 @@ class Column:
 INT32 = Column("<i4", zlib_level=1)
 FLOAT32 = Column("<f4", zlib_level=0)
 
+
+class _PackedTable:
+    """How pydantic writes and reads a three-dimensional array: dtype, shape, and base64 of the zlib-packed elements."""
+
+    def dump(self, array: NDArray[Any]) -> dict[str, Any]:
+        data = base64.b64encode(zlib.compress(array.tobytes(), 1)).decode()
+        return {"dtype": array.dtype.str, "shape": list(array.shape), "data": data}
+
+    def load(self, packed: Any) -> NDArray[Any]:
+        """What `dump` wrote; an array stays as it is. ValueError for any other input."""
+        import numpy as np
+
+        if isinstance(packed, np.ndarray):
+            return expert_table(packed)
+        try:
+            data = zlib.decompress(base64.b64decode(packed["data"], validate=True))
+            return expert_table(np.frombuffer(data, packed["dtype"]).reshape(packed["shape"]))
+        except (KeyError, TypeError, binascii.Error, zlib.error) as error:
+            raise ValueError(f"this is no packed table: {error!r}") from error
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_plain_validator_function(
+            self.load, serialization=core_schema.plain_serializer_function_ser_schema(self.dump)
+        )
+
+
+def expert_table(values: NDArray[Any]) -> NDArray[Any]:
+    """`values` as a read-only view [rows, layers, top_k]. ValueError for another shape, or a dtype other than uint8 and uint16."""
+    if values.ndim != 3 or values.dtype.str not in ("|u1", "<u2"):
+        raise ValueError(f"the array is {values.dtype} of shape {values.shape}; give uint8 or uint16 of three dimensions")
+    view = values.view()
+    view.flags.writeable = False
+    return view
+
+
 if TYPE_CHECKING:
     Int32Array = Annotated[NDArray[np.int32], INT32]
     Float32Array = Annotated[NDArray[np.float32], FLOAT32]
+    ExpertTable = Annotated[NDArray[Any], _PackedTable()]
 else:
     Int32Array = Annotated[Any, INT32]
     Float32Array = Annotated[Any, FLOAT32]
+    ExpertTable = Annotated[Any, _PackedTable()]
 
 
 def set_column(record: Any, name: str, column: Column) -> None:
@@ -78,9 +117,14 @@ def set_column(record: Any, name: str, column: Column) -> None:
 
 def records_equal(record: Any, other: Any) -> bool:
     """`__eq__` of a dataclass with array fields: same type, and every field equal (arrays element by element; NaN equals nothing)."""
-    import numpy as np
-
     if type(record) is not type(other):
         return False
-    pairs = ((getattr(record, field.name), getattr(other, field.name)) for field in fields(record))
-    return all(np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b for a, b in pairs)
+    return all(_equal(getattr(record, field.name), getattr(other, field.name)) for field in fields(record))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    import numpy as np
+
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return np.array_equal(a, b)
+    return type(a) is type(b) and bool(a == b)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from dapo_megatron.arrays import FLOAT32, INT32, Float32Array, Int32Array, records_equal, set_column
+from dapo_megatron.arrays import FLOAT32, INT32, ExpertTable, Float32Array, Int32Array, expert_table, records_equal, set_column
 
 FinishReason = Literal["stop", "length", "abort"]
 LossAggregation = Literal["token_mean", "prompt_mean", "sample_mean"]
@@ -42,10 +42,15 @@ class Sample:
     weight_versions: Int32Array
     finish_reason: FinishReason
     text: str
+    routed_experts: ExpertTable | None = None
+    """[prompt + T - 1, layers, top_k]: the experts that each token went to, all but the last one, which went nowhere; uint8 or uint16,
+    0 in layers without experts. An unfinished sample may have fewer rows. None: not asked for (rollout.engine.return_routed_experts)."""
 
     def __post_init__(self) -> None:
         for name, column in (("token_ids", INT32), ("log_probs", FLOAT32), ("weight_versions", INT32)):
             set_column(self, name, column)
+        if self.routed_experts is not None:
+            object.__setattr__(self, "routed_experts", expert_table(self.routed_experts))
         lengths = len(self.token_ids), len(self.log_probs), len(self.weight_versions)
         if len(set(lengths)) > 1:
             raise ValueError(f"token_ids, log_probs and weight_versions have lengths {lengths}; give one of each per token")

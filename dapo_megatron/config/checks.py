@@ -68,6 +68,7 @@ OWNED_SERVER_ARGUMENTS: Mapping[str, str] = {
     "weight_version": "the weight sync",
     "quantization": "quantization_config of the model's config.json, which the weight sync follows",
     "enable_memory_saver": "cluster.placement",
+    "enable_return_routed_experts": "rollout.engine.return_routed_experts",
     "skip_tokenizer_init": "the engine's client, which reads token ids",
     "incremental_streaming_output": "the engine's client",
 }
@@ -219,6 +220,8 @@ def _servers_of_model(config: Config, hf_config: Mapping[str, Any]) -> Iterator[
             f"rollout.engine.tensor_parallel_size ({engine.tensor_parallel_size}) must divide num_attention_heads ({num_heads}) of "
             f"{config.model.path}; use {either(divisors(num_heads, limit=64))}."
         )
+    if engine.return_routed_experts and not hf_config.get("num_experts_per_tok"):
+        yield f"rollout.engine.return_routed_experts must be false: {config.model.path} has no experts; remove it."
 
 
 def _step_sizes(config: Config) -> Iterator[str]:

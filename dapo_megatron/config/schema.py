@@ -253,6 +253,9 @@ class SglangEngineConfig(Section):
     """Size of the KV cache, in tokens. None: what mem_fraction_static leaves; 65536 where there is no GPU."""
     stream_interval_tokens: PositiveInt = 32
     """The controller hears of new tokens in pieces of this size; what it has heard of survives the engine."""
+    return_routed_experts: bool = False
+    """Keep with each sample the experts that its tokens went to, layers x top_k bytes a token (twice that beyond 256 experts). Needs a
+    model with experts. Nothing is done with them yet."""
     engine_urls: tuple[str, ...] = ()
     """Servers that run already, e.g. `http://10.0.0.7:30000`; the run neither starts nor stops nor restarts them. Empty: it does."""
     api_key_env: str | None = None

@@ -26,7 +26,7 @@ def prepare(config: Config) -> None:
     if not config.model.path.exists():
         with new_directory(config.model.path) as directory:
             _save_model(directory)
-            _save_tokenizer(directory)
+            save_tokenizer(directory)
     train_file = Path(config.data.path)
     train, held_out = split_pairs()
     for file, pairs in ((train_file, train), (held_out_file(train_file), held_out)):
@@ -80,8 +80,8 @@ def _save_model(directory: Path) -> None:
     model.save_pretrained(directory)
 
 
-def _save_tokenizer(directory: Path) -> None:
-    """One token per character; a character outside the vocabulary is an error."""
+def save_tokenizer(directory: Path) -> None:
+    """Into an HF directory: one token per character; a character outside the vocabulary is an error."""
     from tokenizers import Regex, Tokenizer
     from tokenizers.decoders import Fuse
     from tokenizers.models import WordLevel

@@ -82,7 +82,7 @@ def rank_runs(folder: Path, console: Console, *, as_json: bool) -> int:
         table = Table("", "layout", *(Column(name, justify="right") for name in numbers), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for place, run in enumerate(found, 1):
             seconds = (run.train_seconds, run.rollout_seconds, run.step_seconds)
-            table.add_row(str(place), run.name, *(f"{value:.2f}" for value in seconds))
+            table.add_row(str(place), run.name, *(f"{value:.1f}" for value in seconds))
         console.print(table)
         for path in missing:
             say(

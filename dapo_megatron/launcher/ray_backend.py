@@ -26,6 +26,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dapo_megatron.actor.probed import Probed
 from dapo_megatron.actor.replayed import Replay
+from dapo_megatron.config.checks import read_hf_config
 from dapo_megatron.config.fields import either
 from dapo_megatron.config.schema import Config, HfEngineConfig, SglangEngineConfig
 from dapo_megatron.launcher.backends import Ranks, RayCluster
@@ -36,6 +37,7 @@ from dapo_megatron.launcher.server_process import ServerProcess
 from dapo_megatron.launcher.slurm.network import interface_of
 from dapo_megatron.rollout.attached import Reattach, attach
 from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult
+from dapo_megatron.rollout.routed_experts import ExpertShape
 from dapo_megatron.rollout.router import Decode, Router
 from dapo_megatron.rollout.sglang_server import free_port
 from dapo_megatron.types import DapoMegatronError, EngineEndpoint, EngineError, TrainBatch, WorkerDiedError
@@ -447,7 +449,7 @@ def ray_backend(
             yield RayBackend(handle, tuple(RayEngine(process) for process in engines))
         else:
             assert isinstance(settings, SglangEngineConfig)
-            restart = servers.restart if servers is not None else Reattach(endpoints)
+            restart = servers.restart if servers is not None else Reattach(settings, endpoints)
             router = Router(
                 endpoints,
                 settings,
@@ -455,6 +457,7 @@ def ray_backend(
                 restart=restart,
                 keeper=handle.held if actor else None,
                 mixes_versions=config.rollout.partial_rollout,
+                experts=ExpertShape.of(read_hf_config(config.model.path)) if settings.return_routed_experts else None,
             )
             yield RayBackend(handle, (router,))
     finally:

@@ -209,11 +209,9 @@ def _print_rejections(plan: Plan, console: Console) -> None:
         reasons[rejection.kind].append(rejection)
     for kind, count in counts.items():
         say(console, f"{count:8,}  {KIND_WORDS[kind]}")
-        cuts: dict[tuple[int, int], Rejection] = {}
-        for rejection in nearest_first(reasons[kind]):
-            cuts.setdefault((rejection.layout.tensor_parallel_size, rejection.layout.pipeline_parallel_size), rejection)
-        for rejection in list(cuts.values())[:NUM_REASONS]:
-            say(console, f"{describe(rejection.layout)}: {rejection.reason}", style="dim", indent=10)
+        distinct = {rejection.reason: rejection for rejection in reversed(nearest_first(reasons[kind]))}
+        for reason, rejection in list(reversed(distinct.items()))[:NUM_REASONS]:
+            say(console, f"{describe(rejection.layout)}: {reason}", style="dim", indent=10)
 
 
 def _distinct_stages(stages: Sequence[StageMemory]) -> list[tuple[str, StageMemory]]:

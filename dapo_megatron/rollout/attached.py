@@ -26,19 +26,20 @@ async def attach(config: SglangEngineConfig) -> list[EngineEndpoint]:
 class Reattach:
     """In place of a restart: waits until the server answers again, whoever starts it."""
 
-    def __init__(self, endpoints: Sequence[EngineEndpoint]):
-        self._endpoints = {endpoint.name: endpoint for endpoint in endpoints}
+    def __init__(self, config: SglangEngineConfig, endpoints: Sequence[EngineEndpoint]):
+        self._config, self._endpoints = config, list(endpoints)
 
     async def __call__(self, name: str) -> EngineEndpoint:
-        """The endpoint in its next life."""
-        client = SglangEngine(self._endpoints[name])
+        """The endpoint in its next life. EngineError when what answers was not started as it must be."""
+        index = next(index for index, endpoint in enumerate(self._endpoints) if endpoint.name == name)
+        client = SglangEngine(self._endpoints[index])
         try:
             while not await _answers(client):
                 await asyncio.sleep(POLL_SECONDS)
         finally:
             await client.close()
-        self._endpoints[name] = replace(self._endpoints[name], life=self._endpoints[name].life + 1)
-        return self._endpoints[name]
+        self._endpoints[index] = replace(await _attach(self._config, index), life=self._endpoints[index].life + 1)
+        return self._endpoints[index]
 
 
 async def _answers(client: SglangEngine) -> bool:
@@ -58,9 +59,12 @@ async def _attach(config: SglangEngineConfig, index: int) -> EngineEndpoint:
     finally:
         await client.close()
     wanted = _NEEDED | {"tp_size": config.tensor_parallel_size}
+    if config.return_routed_experts:
+        wanted |= {"enable_return_routed_experts": True}
     wrong = [f"{name} {info.get(name)} instead of {value}" for name, value in wanted.items() if info.get(name) != value]
     if wrong:
         flags = f"--skip-tokenizer-init --incremental-streaming-output --tp-size {config.tensor_parallel_size}"
+        flags += " --enable-return-routed-experts" if config.return_routed_experts else ""
         raise EngineError(f"the server at {url} was started with {', '.join(wrong)}; start it with {flags}.")
     device: Literal["cpu", "cuda"] = "cpu" if info.get("device") == "cpu" else "cuda"
     return EngineEndpoint(found.name, url, config.tensor_parallel_size, device, found.node, key)

@@ -298,7 +298,6 @@ class Fleet:
                     return
                 version = await self._keeper.renew(life.client.endpoint)
         await self._serve(life, version)
-        logger.warning(f"{life.name} serves again, with weight version {version}")
 
     async def _serve(self, life: EngineLife, version: int) -> None:
         """Let it, and all others, serve with this version once it names it. Prefixes computed with older weights are dropped."""
@@ -308,6 +307,8 @@ class Fleet:
         await life.client.flush_cache(CALL_SECONDS)
         if life.state is State.LOST:
             return
+        if life.state is State.FRESH:
+            logger.warning(f"{life.name} serves again, with weight version {version}")
         life.state, self.weight_version, self._none_since = State.SERVING, version, None
         if self._watching:
             self._begin_to_watch(life)

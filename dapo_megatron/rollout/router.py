@@ -21,6 +21,7 @@ from dapo_megatron.config.schema import SglangEngineConfig
 from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult
 from dapo_megatron.rollout.fleet import CALL_SECONDS, EngineLife, Fleet, Restart, UpdateReport, WeightKeeper, end
 from dapo_megatron.rollout.partial_sample import PartialSample
+from dapo_megatron.rollout.routed_experts import ExpertShape
 from dapo_megatron.rollout.sglang_engine import Piece
 from dapo_megatron.types import EngineEndpoint, EngineError, EngineLostError
 
@@ -67,14 +68,15 @@ class Router:
         restart: Restart,
         keeper: WeightKeeper | None = None,
         mixes_versions: bool = False,
+        experts: ExpertShape | None = None,
     ):
         """`keeper` None: the engines keep the weights they were started with.
 
         `mixes_versions`: where an engine comes back with newer weights, samples go on under them; else they begin again, but for
-        those of a request that had been started before.
+        those of a request that had been started before. `experts`: samples have routed experts, of this shape.
         """
         self._fleet = Fleet(endpoints, config, restart, keeper)
-        self._decode, self._mixes_versions = decode, mixes_versions
+        self._decode, self._mixes_versions, self._experts = decode, mixes_versions, experts
         self._flights: dict[int, _Flight] = {}
         self._names = itertools.count()
         self._prefix = secrets.token_hex(4)
@@ -156,7 +158,8 @@ class Router:
     async def _complete(self, flight: _Flight) -> GenerateResult:
         """One request to its end, over as many engines as it takes."""
         request = flight.request
-        partials = [PartialSample(sample) for sample in request.started or (None,) * request.num_samples]
+        started = request.started or (None,) * request.num_samples
+        partials = [PartialSample(request.prompt_token_ids, sample, self._experts) for sample in started]
         self._fleet.watch()
         try:
             while not flight.aborted and (unfinished := [partial for partial in partials if not partial.is_finished]):
@@ -202,10 +205,9 @@ class Router:
         number = next(self._names)
         # The server takes an id for the prefix of others: no id may begin another one.
         flight.rids = tuple(f"{self._prefix}-{number}-{index}-" for index in range(len(partials)))
-        continuations = [
-            partial.continuation(rid, request.prompt_token_ids, request.params)
-            for rid, partial in zip(flight.rids, partials, strict=True)
-        ]
+        continuations = [partial.continuation(rid, request.params) for rid, partial in zip(flight.rids, partials, strict=True)]
+        # One number for all samples of a call.
+        routed_from = min(partial.num_routed for partial in partials) if self._experts is not None else None
         expected = self._expected_tokens(request, partials)
         reasons: list[str] = []
 
@@ -216,11 +218,11 @@ class Router:
                     f"{life.name} sampled with weight version {max(piece.weight_versions)}, but the engines hold version "
                     f"{version}; only this run may update its engines."
                 )
-            partials[index].extend(piece)
+            partials[index].extend(piece, routed_from or 0)
             if piece.finish_reason == "abort":
                 reasons.append(piece.reason)
 
-        stream = asyncio.create_task(life.client.stream(continuations, request.params, take))
+        stream = asyncio.create_task(life.client.stream(continuations, request.params, take, routed_from))
         flight.life, flight.stream = life, stream
         life.streams.add(stream)
         life.outstanding_tokens += expected

@@ -17,7 +17,8 @@ from dapo_megatron.rollout.engine import SamplingParams
 from dapo_megatron.types import EngineEndpoint, EngineError, EngineLostError, FinishReason
 
 MemoryTag = Literal["weights", "kv_cache", "cuda_graph"]
-_MAX_EVENT_BYTES = 64 * 2**20
+_MAX_EVENT_BYTES = 2**30
+"""The routed experts of a long response come in one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,8 @@ class Piece:
     """None: more will come."""
     reason: str = ""
     """Why the server ended it, for an abort."""
+    routed_experts: str | None = None
+    """base64 of int32 [tokens, layers, top_k], of all tokens from the one asked for to the last but one; with the last piece."""
 
 
 class SglangEngine:
@@ -60,11 +63,16 @@ class SglangEngine:
             await session.close()
 
     async def stream(
-        self, continuations: Sequence[Continuation], params: SamplingParams, take: Callable[[int, Piece], None]
+        self,
+        continuations: Sequence[Continuation],
+        params: SamplingParams,
+        take: Callable[[int, Piece], None],
+        routed_experts_from: int | None = None,
     ) -> None:
         """Sample all to their end; `take` gets each piece with the index of its continuation, as it comes.
 
-        Leaving early (a cancelled task) ends the samples on the server.
+        `routed_experts_from`: the token from which on the experts of each sample are wanted. Leaving early (a cancelled task) ends
+        the samples on the server.
         """
         common = {
             "temperature": params.temperature,
@@ -79,6 +87,8 @@ class SglangEngine:
             "return_logprob": True,
             "stream": True,
         }
+        if routed_experts_from is not None:
+            body |= {"return_routed_experts": True, "routed_experts_start_len": routed_experts_from}
         counts = [0] * len(continuations)
         unfinished = set(range(len(continuations)))
         try:
@@ -123,7 +133,7 @@ class SglangEngine:
 
     async def weight_version(self, timeout_seconds: float) -> int:
         """Of the weights that it holds, as the last update said."""
-        return int((await self.get("/model_info", timeout_seconds=timeout_seconds))["weight_version"])
+        return _version((await self.get("/model_info", timeout_seconds=timeout_seconds))["weight_version"])
 
     async def abort(self, rid: str, timeout_seconds: float) -> None:
         """End a sample; its stream gets what there is, with finish reason abort. Unknown ones are ignored."""
@@ -208,10 +218,16 @@ def _piece(event: dict[str, Any], num_before: int) -> Piece:
         weight_versions=_versions(meta, num_before, num_before + len(token_ids)),
         finish_reason=finish.get("type"),
         reason=str(finish.get("message") or ""),
+        routed_experts=meta.get("routed_experts"),
     )
 
 
 def _versions(meta: dict[str, Any], start: int, end: int) -> list[int]:
     """One version per token of [start, end), from the spans over all tokens of the request so far."""
     spans = meta.get("weight_versions") or [{"version": meta.get("weight_version", "-1"), "start": 0, "end": end}]
-    return [int(span["version"]) for span in spans for _ in range(max(start, span["start"]), min(end, span["end"]))]
+    return [_version(span["version"]) for span in spans for _ in range(max(start, span["start"]), min(end, span["end"]))]
+
+
+def _version(name: str) -> int:
+    """Of a server that was never updated it is 0, as SGLang's own name for it."""
+    return 0 if name == "default" else int(name)

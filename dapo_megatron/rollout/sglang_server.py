@@ -8,6 +8,7 @@ once the server has read it), so the API key does not show in the list of proces
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import signal
@@ -74,6 +75,7 @@ class SglangServer:
         self._guard: subprocess.Popen[str] | None = None
         self._pid: int | None = None
         self._port = spec.port
+        self._settings_file: Path | None = None
 
     @property
     def pid(self) -> int:
@@ -120,20 +122,25 @@ class SglangServer:
 
     def stop(self) -> None:
         """End all processes of the server; stopping twice is harmless."""
+        if self._settings_file is not None:
+            self._settings_file.unlink(missing_ok=True)
         guard, self._guard = self._guard, None
         if guard is None:
             return
         assert guard.stdin is not None
         guard.stdin.close()
-        with suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGCONT)  # a stopped process does not hear the request to end
+        self._signal(signal.SIGCONT)  # a stopped process does not hear the request to end
         try:
             guard.wait(STOP_SECONDS + 5.0)
         except subprocess.TimeoutExpired:
-            with suppress(ProcessLookupError):
-                os.killpg(self.pid, signal.SIGKILL)
+            self._signal(signal.SIGKILL)
             guard.kill()
             guard.wait()
+
+    def _signal(self, number: int) -> None:
+        if self._pid is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._pid, number)
 
     def log_tail(self) -> str:
         """The last lines of its output, with the name of the file."""
@@ -147,6 +154,7 @@ class SglangServer:
             self._port = free_port(spec.host)
         elif not _is_free(spec.host, spec.port):
             raise EngineError(f"{spec.name} cannot listen on {spec.host}:{spec.port}: the port is in use; choose another one.")
+        self._pid = None
         self._log_file.parent.mkdir(parents=True, exist_ok=True)
         descriptor, path = tempfile.mkstemp(prefix="sglang_", suffix=".yaml")
         self._settings_file = Path(path)
@@ -169,6 +177,7 @@ class SglangServer:
         assert self._guard.stdout is not None
         first_line = self._guard.stdout.readline()
         if not first_line:
+            self.stop()
             raise EngineError(f"{spec.name} could not be started. {self.log_tail()}")
         self._pid = int(first_line)
 
@@ -193,6 +202,7 @@ class SglangServer:
             "incremental_streaming_output": True,
             "stream_interval": config.stream_interval_tokens,
             "enable_memory_saver": spec.memory_saver and spec.device == "cuda",
+            "enable_return_routed_experts": config.return_routed_experts,
         }
         machine = cpu_arguments(config.tensor_parallel_size) if spec.device == "cpu" else {}
         return {**machine, **{name: value for name, value in given.items() if value is not None}, **own, **spec.extra}
@@ -205,8 +215,12 @@ class SglangServer:
         no_proxy = ",".join(filter(None, [inherited.get("NO_PROXY"), spec.host, "127.0.0.1"]))
         own = {"NO_PROXY": no_proxy, "no_proxy": no_proxy, "PYTHONUNBUFFERED": "1"}
         if spec.device == "cpu":
-            own |= cpu_environment(spec.config.tensor_parallel_size, spec.num_threads, inherited)
+            own |= cpu_environment(self._model_type(), spec.config.tensor_parallel_size, spec.num_threads, inherited)
         return inherited | own
+
+    def _model_type(self) -> str | None:
+        file = self._spec.model_dir / "config.json"
+        return json.loads(file.read_text()).get("model_type") if file.is_file() else None
 
     def _exit_code(self) -> int | None:
         return self._guard.poll() if self._guard is not None else -signal.SIGTERM
@@ -217,7 +231,8 @@ class SglangServer:
         request.add_header("Authorization", f"Bearer {self._api_key}")
         try:
             with _OPENER.open(request, timeout=_READY_TIMEOUT_SECONDS):
-                self._settings_file.unlink(missing_ok=True)
+                if self._settings_file is not None:
+                    self._settings_file.unlink(missing_ok=True)
                 return True
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             return False

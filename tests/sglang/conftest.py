@@ -1,28 +1,44 @@
-"""Real SGLang servers, shared: a start costs 20 to 40 seconds of CPU."""
+"""Real SGLang servers, shared by all tests: a start costs 40 seconds of CPU.
+
+The pair is started once. Files that need both engines come first by name; `test_unresponsive_engines.py` leaves engine 0 alive, on
+which `test_weight_sync.py` ends.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import asyncio
+import shutil
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
 from dapo_megatron.config.schema import SglangEngineConfig
+from dapo_megatron.examples.max_of_two import save_tokenizer
+from dapo_megatron.rollout.fleet import Restart
+from dapo_megatron.rollout.router import Router
+from dapo_megatron.rollout.sglang_engine import SglangEngine
 from dapo_megatron.rollout.sglang_server import ServerSpec, SglangServer
-from dapo_megatron.types import EngineEndpoint
+from dapo_megatron.types import EngineEndpoint, EngineError, Sample
 from tests.tiny_models import make_hf_model
 
 needs_sglang = pytest.mark.skipif(find_spec("sglang") is None, reason="pip install 'dapo-megatron[sglang]'")
 
-STREAM_INTERVAL_TOKENS = 4
+MAX_DIFFERENCE = 1e-5
+"""nats, between fp32 log-probs of the server and of transformers."""
+SIZES = {"num_hidden_layers": 2, "intermediate_size": 128, "max_position_embeddings": 2048}
 
 
 @dataclass
 class Pair:
-    """Two servers of one tiny fp32 model."""
+    """Two servers of one tiny fp32 Llama, with one API key. Its tokenizer knows the characters of the quick start."""
 
     model: Path
     servers: dict[str, SglangServer]
@@ -34,15 +50,13 @@ class Pair:
 
 
 @pytest.fixture(scope="session")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+def starting_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[Pair]]:
+    """The pair while it starts: tests that do not need it yet can go ahead."""
     folder = tmp_path_factory.mktemp("pair")
-    model = make_hf_model(folder / "model", "qwen3", num_hidden_layers=2)
+    model = make_hf_model(folder / "model", "llama", **SIZES)
+    save_tokenizer(model)
     config = SglangEngineConfig(
-        dtype="fp32",
-        max_total_tokens=8192,
-        stream_interval_tokens=STREAM_INTERVAL_TOKENS,
-        health_interval_seconds=1,
-        health_deadline_seconds=20,
+        dtype="fp32", max_total_tokens=8192, stream_interval_tokens=4, health_interval_seconds=1, health_deadline_seconds=20
     )
     servers = {
         name: SglangServer(
@@ -51,10 +65,72 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         )
         for seed, name in enumerate(("engine 0", "engine 1"))
     }
-    try:
+    servers["engine 1"]._api_key = servers["engine 0"]._api_key
+
+    def start() -> Pair:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda server: server.start(280), servers.values()))
-        yield Pair(model, servers, config)
+        return Pair(model, servers, config)
+
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            yield pool.submit(start)
     finally:
         for server in servers.values():
             server.stop()
+
+
+@pytest.fixture(scope="session")
+def pair(starting_pair: Future[Pair]) -> Pair:
+    return starting_pair.result()
+
+
+async def no_restart(name: str) -> EngineEndpoint:
+    raise EngineError(f"{name} is not started again in this test")
+
+
+@asynccontextmanager
+async def routed(pair: Pair, restart: Restart = no_restart) -> AsyncIterator[Router]:
+    """A router over the pair, at the weight version that it holds; texts are the token ids."""
+    router = Router(pair.endpoints, pair.config, lambda rows: [str(row) for row in rows], restart=restart)
+    client = SglangEngine(pair.endpoints[0])
+    router.weight_version = await client.weight_version(30)
+    try:
+        yield router
+    finally:
+        await asyncio.gather(client.close(), router.close())
+
+
+def weight_version_of(endpoint: EngineEndpoint) -> int:
+    async def ask() -> int:
+        client = SglangEngine(endpoint)
+        try:
+            return await client.weight_version(30)
+        finally:
+            await client.close()
+
+    return asyncio.run(ask())
+
+
+def other_weights(model: Path, folder: Path, seed: int) -> Path:
+    """The same model with other weights."""
+    shutil.copytree(model, folder)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = load_file(model / "model.safetensors")
+    changed = {name: tensor + 0.05 * torch.randn(tensor.shape, generator=generator) for name, tensor in tensors.items()}
+    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def reference_of(model: Path) -> transformers.PreTrainedModel:
+    """transformers, fp32."""
+    return transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def log_probs_of(
+    model: transformers.PreTrainedModel, prompt: tuple[int, ...], sample: Sample, temperature: float = 1.0
+) -> torch.Tensor:
+    """[T, V]: of every token at each place of the response."""
+    logits = model(torch.tensor([[*prompt, *sample.token_ids.tolist()]])).logits[0, len(prompt) - 1 : -1]
+    return torch.log_softmax(logits / temperature, dim=-1)

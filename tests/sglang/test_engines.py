@@ -1,12 +1,9 @@
-"""Real servers behind the router: what they generate, and what happens when one is lost."""
+"""Real servers behind the router: what they generate."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -18,14 +15,12 @@ from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult, Sampli
 from dapo_megatron.rollout.router import Router
 from dapo_megatron.rollout.sglang_engine import SglangEngine
 from dapo_megatron.rollout.sglang_server import ServerSpec, SglangServer
-from dapo_megatron.types import EngineEndpoint, EngineError, Sample
-from tests.sglang.conftest import Pair, needs_sglang
+from dapo_megatron.types import EngineError
+from tests.sglang.conftest import MAX_DIFFERENCE, Pair, log_probs_of, needs_sglang, reference_of, routed
 
 pytestmark = [pytest.mark.sglang, needs_sglang, pytest.mark.timeout(300)]
 
 PROMPTS = [(5, 17, 33, 2), (90, 4), (8, 8, 61, 44, 29, 73, 11), (100, 1, 50), (3,)]
-MAX_DIFFERENCE = 1e-5
-"""nats, between fp32 log-probs of the server and of transformers."""
 
 
 def request(index: int, num_samples: int = 1, **params) -> GenerateRequest:
@@ -37,31 +32,23 @@ async def complete(router: Router, *requests: GenerateRequest) -> list[GenerateR
     return [results[item.request_id] for item in requests]
 
 
-@asynccontextmanager
-async def routed(pair: Pair) -> AsyncIterator[Router]:
-    async def restart(name: str) -> EngineEndpoint:
-        await asyncio.to_thread(pair.servers[name].stop)
-        return await asyncio.to_thread(pair.servers[name].start, 250)
-
-    router = Router(pair.endpoints, pair.config, lambda rows: [str(row) for row in rows], restart=restart)
-    try:
-        yield router
-    finally:
-        await router.close()
-
-
 @pytest.fixture(scope="module")
 def reference(pair: Pair) -> transformers.PreTrainedModel:
-    return transformers.AutoModelForCausalLM.from_pretrained(pair.model, dtype=torch.float32).eval()
+    return reference_of(pair.model)
 
 
-@torch.no_grad()
-def log_probs_of(
-    model: transformers.PreTrainedModel, prompt: tuple[int, ...], sample: Sample, temperature: float
-) -> torch.Tensor:
-    """[T, V]: of every token at each place of the response."""
-    logits = model(torch.tensor([[*prompt, *sample.token_ids.tolist()]])).logits[0, len(prompt) - 1 : -1]
-    return torch.log_softmax(logits / temperature, dim=-1)
+def test_server_that_fails_at_start_shows_its_log(starting_pair: Future[Pair], tmp_path: Path):
+    """While the pair starts."""
+    spec = ServerSpec(
+        name="engine 7",
+        model_dir=tmp_path,
+        config=SglangEngineConfig(dtype="fp32"),
+        extra={"attention_backend": "of_my_own"},
+        device="cpu",
+    )
+    with pytest.raises(EngineError, match="engine 7 ended with exit code 2 while it started") as caught:
+        SglangServer(spec, tmp_path / "engine.log").start(250)
+    assert str(tmp_path / "engine.log") in str(caught.value) and "invalid choice: 'of_my_own'" in str(caught.value)
 
 
 async def test_greedy_tokens_and_their_log_probs_are_those_of_transformers(pair: Pair, reference):
@@ -143,45 +130,3 @@ async def test_memory_is_released_and_taken_back(pair: Pair):
             await client.close()
         after = await complete(router, request(2, temperature=0, max_response_tokens=8))
         assert after[0].samples[0].token_ids.tolist() == before[0].samples[0].token_ids.tolist()
-
-
-def test_server_that_fails_at_start_shows_its_log(pair: Pair, tmp_path: Path):
-    spec = ServerSpec(
-        name="engine 7",
-        model_dir=pair.model,
-        config=SglangEngineConfig(dtype="fp32"),
-        extra={"attention_backend": "of_my_own"},
-        device="cpu",
-    )
-    with pytest.raises(EngineError, match="engine 7 ended with exit code 2 while it started") as caught:
-        SglangServer(spec, tmp_path / "engine.log").start(250)
-    assert str(tmp_path / "engine.log") in str(caught.value) and "invalid choice: 'of_my_own'" in str(caught.value)
-
-
-async def test_killed_engine_loses_no_token_and_comes_back(pair: Pair):
-    async with routed(pair) as router:
-        requests = [request(index, num_samples=4, temperature=0, max_response_tokens=110) for index in range(4)]
-        alone = await complete(router, *requests)
-        work = asyncio.ensure_future(complete(router, *requests))
-        await asyncio.sleep(0.2)
-        os.killpg(pair.servers["engine 1"].pid, signal.SIGKILL)
-        for item, result in zip(alone, await work, strict=True):
-            for expected, sample in zip(item.samples, result.samples, strict=True):
-                assert sample.token_ids.tolist() == expected.token_ids.tolist()
-                assert len(sample.log_probs) == len(sample.weight_versions) == len(sample.token_ids)
-        assert router.num_engines_lost == 1
-        while (before := len(router.serving)) < 2:
-            await asyncio.sleep(0.2)
-        assert before == 2
-        again = await complete(router, *requests)
-        assert [len(result.samples) for result in again] == [4] * 4
-
-
-async def test_stopped_engine_is_taken_out_at_its_deadline(pair: Pair):
-    pair.config = pair.config.model_copy(update={"health_deadline_seconds": 4.0})
-    async with routed(pair) as router:
-        os.killpg(pair.servers["engine 0"].pid, signal.SIGSTOP)
-        results = await complete(router, *(request(index, num_samples=2, max_response_tokens=20) for index in range(4)))
-        assert all(sample.finish_reason == "length" for result in results for sample in result.samples)
-        assert router.num_engines_lost == 1
-        assert [endpoint.name for endpoint in router.serving] == ["engine 1"]

@@ -1,4 +1,4 @@
-"""The quick start on two SGLang servers, one of which is killed on the way."""
+"""Whole runs over servers: the quick start on two of its own, one of which is killed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,26 +22,73 @@ pytestmark = [pytest.mark.sglang, needs_sglang, pytest.mark.timeout(500)]
 NUM_STEPS = 45
 
 
-def server_pid(log: Path) -> int:
-    """Of the first process of the server that wrote the log: uvicorn names it."""
-    return int(re.findall(r"Started server process \[(\d+)\]", log.read_text())[-1])
+class Run:
+    """A `dapo-megatron train` of the SGLang quick start, with other settings."""
 
+    def __init__(self, folder: Path, process: subprocess.Popen[bytes]):
+        self.folder, self.process = folder / "run", process
+        self._output = folder / "output"
 
-def test_task_is_learnt_on_two_servers_although_one_is_killed(tmp_path: Path):
-    run = tmp_path / "run"
-    command = [sys.executable, "-m", "dapo_megatron", "train", str(REPOSITORY / "configs" / "quickstart_sglang.yaml")]
-    command += ["--run.dir", str(run), "--train.num_rollout_steps", str(NUM_STEPS), "--checkpoint.every", "0"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        while process.poll() is None and not (run / "metrics.jsonl").is_file() or len(rows(run)) < 3:
-            assert process.poll() is None, process.stdout and process.stdout.read()
+    @property
+    def output(self) -> str:
+        """In one line: the console breaks its own."""
+        return re.sub(r"\s+", " ", self._output.read_text())
+
+    @property
+    def rows(self) -> list[dict]:
+        return rows(self.folder) if (self.folder / "metrics.jsonl").is_file() else []
+
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        while not condition():
+            assert self.process.poll() is None, self.output
             time.sleep(0.1)
-        os.killpg(server_pid(run / "logs" / "engine_001.log"), signal.SIGKILL)
-        output, _ = process.communicate()
-    assert process.returncode == 0, output
-    steps = rows(run)
-    assert [row["rollout_step"] for row in steps] == list(range(1, NUM_STEPS + 1))
-    assert "engine 1" in output and "is lost" in output
-    first, last = (sum(row["rollout/accuracy"] for row in part) / 5 for part in (steps[:5], steps[-5:]))
-    assert last > first + 0.3
-    assert all(row["rollout/num_tokens_used"] + row["rollout/num_tokens_zero_variance"] > 0 for row in steps)
-    assert all(row["actor/log_prob_diff_max"] < 1e-3 for row in steps if "actor/log_prob_diff_max" in row)
+
+    def wait_for_rows(self, num_more: int) -> None:
+        wanted = len(self.rows) + num_more
+        self.wait_for(lambda: len(self.rows) >= wanted)
+
+
+@contextmanager
+def training(folder: Path, *overrides: str) -> Iterator[Run]:
+    command = [sys.executable, "-m", "dapo_megatron", "train", str(REPOSITORY / "configs" / "quickstart_sglang.yaml")]
+    command += ["--run.dir", str(folder / "run"), "--checkpoint.every", "0", "--train.stop_at_accuracy", "null", *overrides]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "ENGINE_KEY": os.environ.get("ENGINE_KEY", "")}
+    with (
+        (folder / "output").open("wb") as output,
+        subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output) as process,
+    ):
+        try:
+            yield Run(folder, process)
+        finally:
+            process.send_signal(signal.SIGINT)
+
+
+def version_on_return(output: str) -> int | None:
+    """With which weights engine 1 serves again."""
+    found = re.search(r"engine 1 serves again, with weight version (\d+)", output)
+    return int(found[1]) if found else None
+
+
+def assert_engine_samples_with_the_actors_weights(run: Run) -> None:
+    differences = [row["actor/log_prob_diff_max"] for row in run.rows if "actor/log_prob_diff_max" in row]
+    assert differences and max(differences) < 1e-3
+
+
+def test_task_is_learnt_on_two_servers_although_one_is_killed_and_comes_back(tmp_path: Path):
+    with training(tmp_path, "--train.num_rollout_steps", "1000", "--eval.path", "null") as run:
+        run.wait_for_rows(3)
+        log = run.folder / "logs" / "engine_001.log"
+        first, *_ = re.findall(r"Started server process \[(\d+)\]", log.read_text())
+        os.killpg(int(first), signal.SIGKILL)
+        num_steps = len(run.rows)
+        run.wait_for(lambda: version_on_return(run.output))
+        answers = log.read_text().count("POST /generate")
+        run.wait_for_rows(max(5, NUM_STEPS - len(run.rows)))
+        assert version_on_return(run.output) >= num_steps
+        assert log.read_text().count("POST /generate") > answers, "it takes requests again"
+        steps = run.rows
+        assert [row["rollout_step"] for row in steps] == list(range(1, len(steps) + 1))
+        before, after = (sum(row["rollout/accuracy"] for row in part) / 5 for part in (steps[:5], steps[-5:]))
+        assert after > before + 0.3
+        assert all(row["rollout/num_tokens_used"] + row["rollout/num_tokens_zero_variance"] > 0 for row in steps)
+        assert_engine_samples_with_the_actors_weights(run)

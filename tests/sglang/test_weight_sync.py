@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dapo_megatron.config.schema import SglangEngineConfig
 from dapo_megatron.rollout.sglang_server import ServerSpec, SglangServer
@@ -24,16 +21,25 @@ from dapo_megatron.weights.transports.records import PushReport, PushRules, Tran
 from tests.distributed.programs import make_config
 from tests.distributed.ranks import run_ranks
 from tests.sglang import weight_sync_ranks
+from tests.sglang.conftest import (
+    MAX_DIFFERENCE,
+    SIZES,
+    Pair,
+    needs_sglang,
+    other_weights,
+    reference_of,
+    weight_version_of,
+)
 from tests.sglang.weight_sync_ranks import post
 from tests.tiny_models import make_hf_model
 
 pytestmark = [
     pytest.mark.sglang,
-    pytest.mark.skipif(find_spec("sglang") is None, reason="pip install dapo-megatron[sglang]"),
+    needs_sglang,
     pytest.mark.timeout(400),
 ]
 
-FAMILIES = {"qwen2": 2, "llama": 1, "qwen3": 1, "qwen3_moe": 2}
+FAMILIES = {"llama": 1, "qwen2": 2, "qwen3": 1, "qwen3_moe": 2}
 """Family -> tensor_parallel_size of its engine."""
 LAYOUTS: dict[str, dict[str, Any]] = {"tp1": {}, "tp2": {"tensor_parallel_size": 2}, "pp2": {"pipeline_parallel_size": 2}}
 TRANSPORTS: dict[str, tuple[Transport, ...]] = {
@@ -48,12 +54,9 @@ TRANSPORT_AT_DEATH: dict[str, Transport] = {
     "qwen3": "tensor",
     "qwen3_moe": "distributed",
 }
-SIZES = {"num_hidden_layers": 2, "intermediate_size": 128, "max_position_embeddings": 2048}
 MOE_SIZES = {"moe_intermediate_size": 64}
 PROMPTS = [[5, 17, 33, 2], [90, 4], [8, 8, 61, 44, 29, 73, 11], [100, 1, 50]]
 NUM_NEW_TOKENS = 12
-MAX_DIFFERENCE = 1e-5
-"""nats, between fp32 log-probs of the server and of transformers."""
 BUCKET_BYTES = 100_000
 """A version is several buckets."""
 
@@ -75,25 +78,25 @@ class Served:
 @pytest.fixture(scope="module", params=FAMILIES)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     family: str = request.param
+    if family == "llama":
+        pair: Pair = request.getfixturevalue("pair")
+        engine = pair.servers["engine 0"]
+        yield Served(family, pair.model, engine, version=weight_version_of(engine.endpoint))
+        return
     folder = tmp_path_factory.mktemp(family)
     model = make_hf_model(folder / "model", family, **SIZES | MOE_SIZES if family == "qwen3_moe" else SIZES)
-    config = SglangEngineConfig(tensor_parallel_size=FAMILIES[family], dtype="fp32", max_total_tokens=4096)
+    config = SglangEngineConfig(
+        tensor_parallel_size=FAMILIES[family],
+        dtype="fp32",
+        max_total_tokens=4096,
+        stream_interval_tokens=4,
+    )
     server = SglangServer(ServerSpec(name="engine 0", model_dir=model, config=config, extra={}, device="cpu"), folder / "log")
     try:
         server.start(300)
         yield Served(family, model, server)
     finally:
         server.stop()
-
-
-def other_weights(model: Path, folder: Path, seed: int) -> Path:
-    """The same model with other weights."""
-    shutil.copytree(model, folder)
-    generator = torch.Generator().manual_seed(seed)
-    tensors = load_file(model / "model.safetensors")
-    changed = {name: tensor + 0.05 * torch.randn(tensor.shape, generator=generator) for name, tensor in tensors.items()}
-    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 def rules(folder: Path) -> PushRules:
@@ -110,7 +113,7 @@ def push(served: Served, model: Path, layout: str, transports: tuple[Transport, 
 @torch.no_grad()
 def assert_generates_as_transformers(endpoint: EngineEndpoint, model: Path, version: int) -> None:
     """Greedy tokens are equal and their fp32 log-probs agree; every answer bears the version."""
-    reference = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    reference = reference_of(model)
     sampling = {"temperature": 0, "max_new_tokens": NUM_NEW_TOKENS, "ignore_eos": True}
     post(endpoint, "/flush_cache")
     answers = post(endpoint, "/generate", input_ids=PROMPTS, sampling_params=sampling, return_logprob=True)

@@ -1,14 +1,22 @@
-"""A server with SGLang's answers and no model: the token at position p of a sequence is p."""
+"""A server with SGLang's answers and no model: the token at position p of a sequence is p, and goes to experts p and p + 1, modulo 8."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from collections.abc import Collection
 
+import numpy as np
 from aiohttp import web
 
 from dapo_megatron.types import EngineEndpoint
+
+
+def routed_experts(start: int, end: int) -> np.ndarray:
+    """[end - start, 2 layers, 2 experts]: of the tokens at these positions."""
+    first = np.arange(start, end)[:, None]
+    return np.stack([(first + choice) % 8 for choice in (0, 1)], axis=-1).repeat(2, axis=1).astype(np.int32)
 
 
 class FakeServer:
@@ -113,6 +121,9 @@ class FakeServer:
                     "weight_versions": [{"version": str(self.weight_version), "start": 0, "end": count}],
                     "completion_tokens": count,
                 }
+                if end and body.get("return_routed_experts"):
+                    rows = routed_experts(body["routed_experts_start_len"], start + count - 1)
+                    meta["routed_experts"] = base64.b64encode(rows.tobytes()).decode()
                 event = {"index": index, "output_ids": [start + count - 1], "meta_info": meta}
                 async with lock:
                     await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")

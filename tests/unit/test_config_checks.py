@@ -193,6 +193,7 @@ def test_server_arguments_are_those_of_sglang(load, name, words):
         ),
         ([SGLANG, "--weight_transport=disk"], "rollout.engine.weight_sync_dir is missing"),
         ([SGLANG, "--rollout.engine.tensor_parallel_size=3"], "must divide num_attention_heads (32)"),
+        ([SGLANG, "--rollout.engine.return_routed_experts=true"], "return_routed_experts must be false"),
     ],
 )
 def test_rule_across_sections(load, overrides, words):

@@ -1,17 +1,21 @@
 """Routing over servers, and what happens when one is lost; the servers are fakes that count positions."""
 
 import asyncio
+import base64
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import pytest
 
 from dapo_megatron.config.schema import SglangEngineConfig
 from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult, SamplingParams
+from dapo_megatron.rollout.partial_sample import PartialSample
+from dapo_megatron.rollout.routed_experts import ExpertShape
 from dapo_megatron.rollout.router import Router
 from dapo_megatron.types import EngineEndpoint, EngineError, EngineLostError, FingerprintError, Sample, VersionGoneError
-from tests.unit.fake_server import FakeServer
+from tests.unit.fake_server import FakeServer, routed_experts
 
 PROMPT = (7, 7, 7)
 
@@ -86,7 +90,9 @@ class Report:
 
 
 @asynccontextmanager
-async def fleet(num_servers: int = 2, *, mixes_versions: bool = False, **settings) -> AsyncIterator[tuple[Router, Run]]:
+async def fleet(
+    num_servers: int = 2, *, mixes_versions: bool = False, experts: ExpertShape | None = None, **settings
+) -> AsyncIterator[tuple[Router, Run]]:
     quick = {"health_interval_seconds": 0.02, "health_deadline_seconds": 0.2, "restart_deadline_seconds": 5.0}
     servers = {f"engine {index}": FakeServer(f"engine {index}") for index in range(num_servers)}
     state = Run(servers, SglangEngineConfig(**quick | settings))
@@ -98,6 +104,7 @@ async def fleet(num_servers: int = 2, *, mixes_versions: bool = False, **setting
         restart=state.restart,
         keeper=state,
         mixes_versions=mixes_versions,
+        experts=experts,
     )
     try:
         yield router, state
@@ -422,3 +429,82 @@ async def test_nothing_is_started_again_once_the_router_is_closed():
         with pytest.raises(EngineError, match="the engines are closed"):
             await work
         assert state.restarts == []
+
+
+EXPERTS = ExpertShape(num_layers=2, top_k=2, num_experts=8)
+
+
+def assert_all_experts(result: GenerateResult) -> None:
+    for sample in result.samples:
+        assert sample.routed_experts is not None and sample.routed_experts.dtype == np.uint8
+        expected = routed_experts(0, len(PROMPT) + len(sample.token_ids) - 1)
+        np.testing.assert_array_equal(sample.routed_experts, expected)
+
+
+async def test_samples_have_the_experts_of_all_tokens_but_the_last_one():
+    async with fleet(1, experts=EXPERTS) as (router, _):
+        assert_all_experts((await complete(router, request(0)))[0])
+    async with fleet(1) as (router, _):
+        assert all(sample.routed_experts is None for sample in (await complete(router, request(0)))[0].samples)
+
+
+async def test_experts_of_an_aborted_request_are_kept_and_the_rest_is_added():
+    async with fleet(1, experts=EXPERTS) as (router, state):
+        server = state.servers["engine 0"]
+        server.seconds_per_token = 0.01
+        work = asyncio.ensure_future(complete(router, request(0, max_response_tokens=50)))
+        await server.generated.wait()
+        await asyncio.sleep(0.03)
+        await router.abort([0])
+        started = (await work)[0].samples
+        assert all(0 < len(sample.routed_experts) == len(PROMPT) + len(sample.token_ids) - 1 for sample in started)
+        server.seconds_per_token = 0.0
+        bare = replace(started[0], routed_experts=None)  # aborted while it waited: the server says nothing of its experts
+        resumed = (await complete(router, request(0, max_response_tokens=50, started=(bare, started[1]))))[0]
+        assert_whole(resumed, 50)
+        assert_all_experts(resumed)
+
+
+async def test_experts_of_a_dead_engine_are_asked_of_the_next_one():
+    async with fleet(experts=EXPERTS) as (router, state):
+        first = state.servers["engine 0"]
+        first.seconds_per_token = 0.01
+        work = asyncio.ensure_future(complete(router, request(0), request(1)))
+        await first.generated.wait()
+        await asyncio.sleep(0.03)
+        await first.die()
+        for result in (await work).values():
+            assert_whole(result)
+            assert_all_experts(result)
+
+
+async def test_last_token_is_drawn_again_when_the_engine_died_before_it_said_where_tokens_went():
+    partial = PartialSample(PROMPT, Sample(tokens(8), [-0.5] * 8, [0] * 8, "abort", ""), EXPERTS)
+    partial.finish_if_complete(SamplingParams(max_response_tokens=8))
+    assert not partial.is_finished and partial.token_ids == tokens(7)
+    async with fleet(1, experts=EXPERTS) as (router, _):
+        result = (await complete(router, request(0, num_samples=1, started=(partial.sample(""),))))[0]
+        assert_whole(result)
+        assert_all_experts(result)
+
+
+async def test_server_that_does_not_say_where_tokens_went_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    async with fleet(1, experts=EXPERTS) as (router, _):
+        monkeypatch.setattr("tests.unit.fake_server.routed_experts", lambda start, end: routed_experts(start, end - 1))
+        with pytest.raises(EngineError, match=r"routed experts of 9 tokens of 10; start it with --enable-return-routed-experts"):
+            await complete(router, request(0))
+
+
+def test_experts_that_the_model_does_not_have_are_refused():
+    for rows, words in (
+        (np.full((1, 2, 2), 8), "experts 8 .. 8, but the model has 8"),
+        (np.full((1, 3, 1), 0), "no table of 2 layers x 2 experts"),
+    ):
+        with pytest.raises(EngineError, match=words):
+            EXPERTS.decode(base64.b64encode(rows.astype(np.int32).tobytes()).decode())
+
+
+def test_shape_of_experts_is_read_from_the_models_config():
+    assert ExpertShape.of({"num_hidden_layers": 3, "num_experts": 384, "num_experts_per_tok": 4}) == ExpertShape(3, 4, 384)
+    assert ExpertShape(3, 4, 384).dtype == np.uint16 and ExpertShape(3, 4, 256).dtype == np.uint8
+    assert ExpertShape.of({"num_hidden_layers": 3}) is None

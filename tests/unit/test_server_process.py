@@ -6,11 +6,13 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from dapo_megatron.config.schema import SglangEngineConfig
+from dapo_megatron.rollout.sglang_cpu import cpu_environment
 from dapo_megatron.rollout.sglang_server import ServerSpec, SglangServer, free_port
 from dapo_megatron.types import EngineError
 
@@ -91,3 +93,23 @@ def test_port_in_use_is_named(tmp_path: Path):
 def test_free_port_can_be_listened_on():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", free_port("127.0.0.1")))
+
+
+@pytest.mark.skipif(find_spec("sglang") is None, reason="pip install 'dapo-megatron[sglang]'")
+def test_server_without_a_gpu_imports_the_models_of_its_type_alone():
+    unwanted = cpu_environment("qwen3", 1, 1, {})["SGLANG_DISABLED_MODEL_ARCHS"].split(",")
+    assert "qwen3" not in unwanted and {"qwen2", "gemma2", "deepseek_v2"} < set(unwanted)
+    assert cpu_environment("deepseek_v3", 1, 1, {})["SGLANG_DISABLED_MODEL_ARCHS"] == "", "its module has another name"
+
+
+def test_settings_of_a_server_that_did_not_come_up_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """They hold its key."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "settings"))
+    (tmp_path / "settings").mkdir()
+    monkeypatch.setattr("sys.executable", str(tmp_path / "no_python"))
+    (tmp_path / "no_python").write_text("#!/bin/sh\nexit 3\n")
+    (tmp_path / "no_python").chmod(0o755)
+    spec = ServerSpec(name="engine 0", model_dir=tmp_path, config=SglangEngineConfig(), extra={}, device="cpu")
+    with pytest.raises(EngineError, match="engine 0 could not be started"):
+        SglangServer(spec, tmp_path / "log").start(10)
+    assert list((tmp_path / "settings").iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from dataclasses import FrozenInstanceError, replace
 
@@ -15,8 +16,12 @@ AWKWARD = np.array([-0.0, -1e-45, -3.4028235e38, np.float32(-0.1), -np.inf], np.
 """Negative zero, the smallest subnormal, the largest number, one that decimal text would round, an infinity."""
 
 
+EXPERTS = np.arange(36, dtype=np.uint16).reshape(6, 3, 2) + 65500
+"""Of a prompt of two tokens and a response of five."""
+
+
 def sample(**changes: object) -> Sample:
-    return replace(Sample([3, 2**31 - 1, 0, 7, 7], AWKWARD, [4, 4, 5, 5, 5], "stop", "2²\0"), **changes)
+    return replace(Sample([3, 2**31 - 1, 0, 7, 7], AWKWARD, [4, 4, 5, 5, 5], "stop", "2²\0", EXPERTS), **changes)
 
 
 def group() -> RolloutGroup:
@@ -66,6 +71,8 @@ def test_records_are_equal_when_every_field_is():
         {"weight_versions": (4, 4, 4, 5, 5)},
         {"finish_reason": "length"},
         {"text": ""},
+        {"routed_experts": EXPERTS[:5]},
+        {"routed_experts": None},
         {"token_ids": (3,), "log_probs": (0.0,), "weight_versions": (4,)},
     ):
         assert sample(**changed) != sample()
@@ -78,8 +85,22 @@ def test_a_group_survives_json_and_pickle_bit_for_bit():
     adapter = TypeAdapter(RolloutGroup)
     for copy in (adapter.validate_json(adapter.dump_json(group())), pickle.loads(pickle.dumps(group()))):
         assert copy == group()
-        for name in ("token_ids", "log_probs", "weight_versions"):
+        for name in ("token_ids", "log_probs", "weight_versions", "routed_experts"):
             assert bits(getattr(copy.samples[0], name)) == bits(getattr(group().samples[0], name))
+
+
+@pytest.mark.parametrize("table", [EXPERTS.astype(np.int32), EXPERTS[0]])
+def test_experts_of_another_type_or_shape_are_refused(table: np.ndarray):
+    with pytest.raises(ValueError, match="give uint8 or uint16 of three dimensions"):
+        sample(routed_experts=table)
+
+
+@pytest.mark.parametrize("text", ["AAAA", "&"])
+def test_experts_that_are_no_packed_table_are_refused(text: str):
+    packed = TypeAdapter(Sample).dump_python(sample(), mode="json")
+    packed["routed_experts"]["data"] = text
+    with pytest.raises(ValidationError, match="this is no packed table"):
+        TypeAdapter(Sample).validate_json(json.dumps(packed))
 
 
 def test_nan_survives_json_with_its_payload():

@@ -3,8 +3,8 @@
 Three parts, none of which is in the way of a server on GPUs:
 
 * `cpu_arguments` and `cpu_environment`: what the server of one engine is started with.
-* `stand_in/common_ops.py`, on the server's PYTHONPATH only there: the loader of sglang-kernel ends with a plain
-  `import common_ops` where its CUDA libraries cannot be loaded, and an empty module is enough.
+* `stand_in/`, on the server's PYTHONPATH only there: `common_ops`, which the loader of sglang-kernel asks for where its CUDA libraries
+  cannot be loaded, and for which an empty module is enough; `flashinfer`, which cannot be imported, and so is not.
 * `plugin.register`, found by SGLang through the entry point group `sglang.srt.plugins`: does nothing unless the server was
   started with SGLANG_USE_CPU_ENGINE=1 on a machine without CUDA.
 
@@ -14,12 +14,15 @@ UPSTREAM.md lists the symbols and when each part can go.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 STAND_IN = Path(__file__).parent / "stand_in"
 DEFAULT_MAX_TOTAL_TOKENS = 65536
+_MODULES = frozenset({"llama", "qwen2", "qwen3", "qwen3_moe", "mixtral"})
+"""Model types whose module in `sglang.srt.models` has their name."""
 
 
 def cpu_arguments(tensor_parallel_size: int) -> dict[str, Any]:
@@ -36,7 +39,9 @@ def cpu_arguments(tensor_parallel_size: int) -> dict[str, Any]:
     return arguments | ({"disable_custom_all_reduce": True} if tensor_parallel_size > 1 else {})
 
 
-def cpu_environment(tensor_parallel_size: int, num_threads: int, inherited: Mapping[str, str]) -> dict[str, str]:
+def cpu_environment(
+    model_type: str | None, tensor_parallel_size: int, num_threads: int, inherited: Mapping[str, str]
+) -> dict[str, str]:
     """Environment variables on top of `inherited`; `num_threads` are those of one rank."""
     paths = [str(STAND_IN), *filter(None, [inherited.get("PYTHONPATH")])]
     return {
@@ -47,7 +52,17 @@ def cpu_environment(tensor_parallel_size: int, num_threads: int, inherited: Mapp
         "SGLANG_CPU_OMP_THREADS_BIND": _core_binding(tensor_parallel_size),
         # Where the library is missing, SGLang goes without NCCL; torch ships it, and it fails on CPU tensors.
         "SGLANG_NCCL_SO_PATH": "/nonexistent",
+        # Importing 250 models takes a third of a rank's start.
+        "SGLANG_DISABLED_MODEL_ARCHS": ",".join(_other_models(model_type)) if model_type in _MODULES else "",
     }
+
+
+def _other_models(model_type: str | None) -> Iterator[str]:
+    sglang = find_spec("sglang")
+    for folder in (sglang.submodule_search_locations or ()) if sglang is not None else ():
+        for file in Path(folder, "srt", "models").glob("*.py"):
+            if file.stem != model_type:
+                yield file.stem
 
 
 def _core_binding(num_ranks: int) -> str:
