@@ -94,11 +94,6 @@ class SendPlan:
 
     buckets: tuple[BucketPlan, ...]
 
-    @property
-    def largest_bucket_bytes(self) -> int:
-        """Length of the longest payload."""
-        return max(bucket.num_bytes for bucket in self.buckets)
-
 
 def compile_send_plan(
     mapping: ModelMapping,

@@ -61,10 +61,6 @@ class WeightServer:
         }
         self._post("/update_weights_from_distributed", body | _naming(version))
 
-    def leave_group(self, group_name: str) -> None:
-        """Forget a process group."""
-        self._post("/destroy_weights_update_group", {"group_name": group_name})
-
     def end(self) -> None:
         """Close an update."""
         self._post("/end_weight_update")
