@@ -67,7 +67,9 @@ def score_memory(rows: list[dict[str, str]]) -> tuple[list[MemoryScore], list[tu
         except Refusal as reason:
             refused.append((row["id"], row["model"], str(reason)))
     scores = [
-        MemoryScore(one, predicted_peak(one), one.peak.num_bytes) for one in without_duplicates(mapped) if one.peak is not None
+        MemoryScore(one, predicted_peak(one), one.peak.num_bytes)
+        for one in without_duplicates(mapped)
+        if one.peak is not None and not one.ran_out_of_memory
     ]
     return scores, refused
 
