@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -322,8 +323,8 @@ def _write(file: Path, best: Candidate, request: PlanRequest) -> None:
 
 def _next_command(command: PlanCommand, planned: Planned) -> str:
     """What starts the run with the layout."""
-    base = " ".join(map(str, command.files)) if planned.config is not None else "CONFIG.yaml"
-    return f"dapo-megatron submit {base} {command.write or 'layout.yaml'}"
+    files = [str(file) for file in command.files] if planned.config is not None else ["CONFIG.yaml"]
+    return shlex.join(["dapo-megatron", "submit", *files, str(command.write or "layout.yaml"), *command.overrides])
 
 
 def _written(command: PlanCommand, file: Path, what_for: str, console: Console) -> None:

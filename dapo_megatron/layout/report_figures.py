@@ -34,15 +34,9 @@ FONT = {"family": "system-ui, sans-serif", "size": 13}
 
 def memory_figure(plan: Plan, candidates: Sequence[Candidate]) -> go.Figure:
     """GPU memory of every stage in every phase, stacked by item; a menu chooses the layout."""
-    names = list(
-        dict.fromkeys(
-            item.name
-            for candidate in candidates
-            for stage in candidate.memory.stages
-            for phase in stage.phases
-            for item in phase.items
-        )
-    )
+    phases = [phase for candidate in candidates for stage in candidate.memory.stages for phase in stage.phases]
+    phases += [candidate.memory.engine for candidate in candidates if candidate.memory.engine is not None]
+    names = list(dict.fromkeys(item.name for phase in phases for item in phase.items))
     figure = go.Figure()
     for index, candidate in enumerate(candidates):
         accounts = [
@@ -51,6 +45,8 @@ def memory_figure(plan: Plan, candidates: Sequence[Candidate]) -> go.Figure:
             for stage in candidate.memory.stages
             for phase in (stage.phases[number],)
         ]
+        if candidate.memory.engine is not None:
+            accounts.append((PHASE_WORDS["rollout"], "engine", candidate.memory.engine))
         places = [[account[0] for account in accounts], [account[1] for account in accounts]]
         for color, name in enumerate(names):
             sizes = [phase.bytes_of(name) / 1e9 for _, _, phase in accounts]

@@ -144,7 +144,7 @@ def test_configuration_gives_workload_gpus_and_gpu(monkeypatch, capsys, run_file
     assert call(monkeypatch, run_file, "--actor.num_ranks", 8, "--cluster.gpu", "h200", "--top", 1) == 0
     text = words(capsys)
     assert "on 8 x H200" in text and "64 prompts x 16 samples, up to 1024 + 8192 tokens" in text
-    assert f"dapo-megatron submit {run_file} layout.yaml" in text
+    assert f"dapo-megatron submit {run_file} layout.yaml --actor.num_ranks 8 --cluster.gpu h200" in text
 
 
 def test_run_folder_is_planned_by_its_configuration(monkeypatch, capsys, run_file, tmp_path):
