@@ -323,7 +323,8 @@ def _write(file: Path, best: Candidate, request: PlanRequest) -> None:
 
 def _next_command(command: PlanCommand, planned: Planned) -> str:
     """What starts the run with the layout."""
-    files = [str(file) for file in command.files] if planned.config is not None else ["CONFIG.yaml"]
+    named = planned.config is not None and not command.files[0].is_dir()  # a run folder is no file to merge with
+    files = [str(file) for file in command.files] if named else ["CONFIG.yaml"]
     return shlex.join(["dapo-megatron", "submit", *files, str(command.write or "layout.yaml"), *command.overrides])
 
 

@@ -150,7 +150,8 @@ def test_configuration_gives_workload_gpus_and_gpu(monkeypatch, capsys, run_file
 def test_run_folder_is_planned_by_its_configuration(monkeypatch, capsys, run_file, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"config": resolved_dict(load_config([run_file])), "versions": {}}))
     assert call(monkeypatch, tmp_path, "--gpus", 8, "--gpu", "h100-80", "--top", 1) == 0
-    assert "64 prompts x 16 samples" in words(capsys)
+    text = words(capsys)
+    assert "64 prompts x 16 samples" in text and "dapo-megatron submit CONFIG.yaml layout.yaml" in text
 
 
 @pytest.fixture
