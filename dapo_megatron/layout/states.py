@@ -107,7 +107,10 @@ def _stage_states(
             for chunk, (dense, moe) in enumerate(zip(counts.dense, counts.moe, strict=True))
         ]
         linear_grad = _linear_grad_elements(shape, counts, layout, options)
-        stages.append(_states(chunks, linear_grad, layout, num_shards, num_expert_shards, distributed, offload_fraction, options))
+        unit = _layer_elements(shape, counts, layout, options)
+        stages.append(
+            _states(chunks, unit, linear_grad, layout, num_shards, num_expert_shards, distributed, offload_fraction, options)
+        )
     return tuple(stages)
 
 
@@ -138,6 +141,24 @@ def _of_rank(weights: _Counted, layout: Layout) -> RankParameters:
     return sum((rank_parameters((weight,), layout) * count for weight, count in weights), RankParameters())
 
 
+@dataclass(frozen=True, slots=True)
+class _Layers:
+    """Elements of a stage's largest layer and of all its layers, as a rank holds them."""
+
+    largest_layer: int
+    in_layers: int
+
+
+def _layer_elements(shape: ModelShape, layers: StageLayers, layout: Layout, options: MemoryOptions) -> _Layers:
+    numbers = [(False, sum(layers.dense)), (True, sum(layers.moe))]
+    sizes = [
+        (rank_parameters(layer_weights(shape, has_experts, options.kernels), layout).total, number)
+        for has_experts, number in numbers
+        if number
+    ]
+    return _Layers(max((size for size, _ in sizes), default=0), sum(size * number for size, number in sizes))
+
+
 def _linear_grad_elements(shape: ModelShape, layers: StageLayers, layout: Layout, options: MemoryOptions) -> int:
     kinds = [has_experts for has_experts, counts in ((False, layers.dense), (True, layers.moe)) if sum(counts)]
     weights = {
@@ -150,6 +171,7 @@ def _linear_grad_elements(shape: ModelShape, layers: StageLayers, layout: Layout
 
 def _states(
     chunks: list[_Counted],
+    unit: _Layers,
     linear_grad: int,
     layout: Layout,
     num_shards: int,
@@ -170,15 +192,15 @@ def _states(
     sharded = distributed or options.fully_sharded
     shard = dense / num_shards + expert / num_expert_shards if sharded else dense + expert
     optimizer = shard * (precision.master_bytes + 2 * precision.moment_bytes)
-    whole = 0.0
+    whole_weights = whole_grads = 0
     if options.fully_sharded:
-        # The layer at work and the next one are whole, with the gradient of the first.
-        # `chunk` names each matrix once, whatever its number of layers.
-        held, whole = shard, max(sum(rank_parameters((weight,), layout).total for weight, _ in chunk) for chunk in chunks)
+        # Whole are the layer at work, the next one, embedding and LM head; and the gradient of one of these.
+        held, ends = shard, dense + expert - unit.in_layers
+        whole_weights, whole_grads = 2 * unit.largest_layer + ends, max(unit.largest_layer, ends // 2)
     return StageStates(
         num_params=dense + expert,
-        weight_bytes=precision.weight_bytes * (held + 2 * whole),
-        grad_bytes=precision.grad_bytes * (held + whole),
+        weight_bytes=precision.weight_bytes * (held + whole_weights),
+        grad_bytes=precision.grad_bytes * (held + whole_grads),
         optimizer_bytes=optimizer * (1 - offload_fraction),
         host_optimizer_bytes=optimizer * offload_fraction,
         optimizer_shard_bytes=optimizer,

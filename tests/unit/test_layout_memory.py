@@ -56,6 +56,16 @@ def test_distributed_optimizer_shards_only_its_state():
     assert states.optimizer_bytes == pytest.approx(12 / 8 * num_params(shape), rel=1e-6)
 
 
+def test_fully_sharded_states_are_shards_and_what_is_whole_for_a_moment():
+    shape = ModelShape.from_hf(LLAMA3_70B)
+    (states,) = stage_states(shape, Layout(data_parallel_size=64), MemoryOptions(fully_sharded=True))
+    vocabulary = 128256 * 8192
+    layer = (num_params(shape) - 2 * vocabulary - 8192) // 80
+    assert states.weight_bytes == 2 * (num_params(shape) / 64 + 2 * layer + 2 * vocabulary + 8192)
+    assert states.grad_bytes == 4 * (num_params(shape) / 64 + vocabulary + 4096)
+    assert states.optimizer_bytes == 12 * num_params(shape) / 64
+
+
 def test_experts_are_sharded_over_their_own_data_parallel_ranks():
     shape = ModelShape.from_hf(MIXTRAL_8X7B)
     alone = stage_states(shape, Layout(expert_parallel_size=8, data_parallel_size=8), MemoryOptions())[0]
