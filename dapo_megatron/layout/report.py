@@ -16,6 +16,7 @@ from dapo_megatron.layout.layout import Layout
 from dapo_megatron.layout.memory_records import MemoryItem, PhaseMemory, StageMemory
 from dapo_megatron.layout.plan import Candidate, Plan, PlanRequest, Rejection, RejectionKind
 from dapo_megatron.layout.report_yaml import yaml_of
+from dapo_megatron.layout.space import release_problem
 from dapo_megatron.layout.step_time import PHASES
 
 PHASE_WORDS = {"rollout": "rollout", "log_probs": "log-probs", "train": "training", "sync": "weight sync"}
@@ -26,6 +27,8 @@ KIND_WORDS: dict[RejectionKind, str] = {
     "release": "this version cannot run it",
     "slower": "slower than another of the same cut, or than those shown",
 }
+UNRUNNABLE = "*"
+"""Marks a layout that --all lets in."""
 NARROWEST = 116
 """Characters that the table of layouts needs: a narrower terminal breaks its lines, a pipe gets all of it."""
 NUM_REASONS = 2
@@ -40,6 +43,8 @@ def print_plan(plan: Plan, top: int, console: Console) -> None:
     if plan.candidates:
         best = best_of_cuts(plan.candidates)[:top]
         console.print(_table(plan, best))
+        if any(release_problem(candidate.layout) for candidate in best):
+            say(console, f"{UNRUNNABLE} this version cannot run it", style="yellow")
         say(console, "limited by", style="dim")
         for place, candidate in enumerate(best, 1):
             say(console, f"{place}: {candidate.limit}", style="dim", indent=1)
@@ -178,7 +183,7 @@ def _table(plan: Plan, best: Sequence[Candidate]) -> Table:
         train = time.phase_seconds("train") + time.phase_seconds("log_probs")
         table.add_row(
             str(place),
-            str(layout),
+            str(layout) + (f" {UNRUNNABLE}" if release_problem(layout) else ""),
             str(layout.max_tokens_per_micro_batch),
             saved(layout),
             "" if layout.engine is None else f"{layout.engine.num_engines} x TP{layout.engine.tensor_parallel_size}",

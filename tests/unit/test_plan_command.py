@@ -93,6 +93,14 @@ def test_json_accounts_for_every_layout_byte_and_second(monkeypatch, capsys, mod
     assert len(set(cuts)) == len(cuts), "the best of each cut of the model"
 
 
+def test_layouts_that_this_version_cannot_run_are_marked(monkeypatch, capsys, model):
+    assert call(monkeypatch, model, *SMALL, "--all", "--explain", "cp=2,tp=2,pp=2", "--write", model / "never.yaml") == 2
+    assert "has nothing to write: no layout fits that this version can run" in capsys.readouterr().err
+    assert call(monkeypatch, model, *SMALL, "--all", "--top", 60) == 0
+    text = words(capsys)
+    assert "CP2 DP4 * " in text and "* this version cannot run it" in text
+
+
 def test_explained_layout_is_itemised(monkeypatch, capsys, model):
     assert call(monkeypatch, model, *SMALL, "--explain", "tp=2,pp=2,recompute=full") == 0
     text = words(capsys)
