@@ -1,7 +1,7 @@
 #!/bin/bash
 # Stands in for `python -m dapo_megatron job-node CONFIG` where the batch script is what is tested. RUN/play, or play in the
 # folder of a sweep, has one word per attempt:
-#   a number   the exit code to end with      wait   until it is asked to save, then 85      stuck   whatever it is asked
+#   a number   the exit code to end with; 87 names the node as a bad one      wait   until it is asked to save, then 85      stuck   whatever it is asked
 # RUN/attempts gets a line per attempt: restart count, nodes of the processes. Processes that are not the first one end with it.
 run=$(dirname "$(dirname "$4")")
 attempt=${SLURM_RESTART_COUNT:-0}
@@ -21,4 +21,5 @@ words=($(cat "$run/play" 2>/dev/null || cat "$run/../play"))
 word=${words[$attempt]}
 [ "$word" != stuck ] || trap '' USR1 TERM
 case $word in wait | stuck) while :; do sleep 0.1; done ;; esac
+[ "$word" != 87 ] || hostname >> "$run/slurm/excluded_nodes"
 end "$word"

@@ -21,7 +21,9 @@ def test_exit_codes_decide_whether_a_job_starts_again(slurm: Cluster, play: Play
         "finished": play("0", name="finished"),
         "bad input": play("2", name="bad_input"),
         "bad node": play("87", name="bad_node"),
-        "bad node left out": play("87 0", "--slurm.exclude_bad_nodes=true", name="left_out"),
+        "bad node left out": play(
+            "87 87 0", "--slurm.exclude_bad_nodes=true", "--slurm.sbatch=[--exclude=node3]", name="left_out"
+        ),
         "saved, stalled": play("85 86 0", *limit, name="saved"),
         "failing": play("1 1 1 0", *limit, name="failing"),
     }
@@ -39,10 +41,11 @@ def test_exit_codes_decide_whether_a_job_starts_again(slurm: Cluster, play: Play
         "finished": 1,
         "bad input": 1,
         "bad node": 1,
-        "bad node left out": 2,
+        "bad node left out": 3,
         "saved, stalled": 3,
         "failing": 3,
     }
+    assert [line.split()[1] for line in runs["bad node left out"].attempts] == ["node1", "node2", "node4"]
     last = {name: run.history.splitlines()[-1].partition(": ")[2] for name, run in runs.items()}
     assert last["finished"] == "finished"
     assert last["bad input"] == "ended with 2: it would only fail again, see the lines above; not started again"

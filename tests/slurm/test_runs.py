@@ -22,7 +22,6 @@ from tests.slurm.cluster import Cluster
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 LOCAL = ("--cluster.backend=local", "--actor.tensor_parallel_size=1")
-W = "--slurm.python=/work/wt/slurmsub/.job_node.sh"
 JOB = ("--gpus-per-node=0", "--slurm.exclusive=false", "--time=60", "--metrics.tensorboard=false", "--eval.path=null")
 NUM_STEPS = 24
 """Of the run that is interrupted, as soon as it makes steps, three times."""
@@ -99,7 +98,7 @@ def sweep(login: LoginNode) -> str:
     """Three runs as one array, submitted; the last is as long as the one that is interrupted."""
     array = ("--array", f"train.num_rollout_steps=2,3,{NUM_STEPS}")
     said = login.command(
-        "submit", QUICKSTART, f"--run.dir={login.folder / 'sweep'}", *JOB, W, *LOCAL, "--checkpoint.every=3", *array
+        "submit", QUICKSTART, f"--run.dir={login.folder / 'sweep'}", *JOB, *LOCAL, "--checkpoint.every=3", *array
     )
     return said.splitlines()[-5].split()[1].rstrip(":")
 
@@ -115,7 +114,7 @@ def test_an_array_is_one_run_in_one_folder_each(slurm: Cluster, login: LoginNode
 
 def test_a_run_that_is_interrupted_has_the_metrics_of_one_that_is_not(slurm: Cluster, login: LoginNode, sweep: str):
     overrides = (*LOCAL, "--checkpoint.every=3", f"--train.num_rollout_steps={NUM_STEPS}")
-    job = login.submit("interrupted", W, *overrides)
+    job = login.submit("interrupted", *overrides)
 
     login.wait_for_next_attempt("interrupted", job)
     slurm.run("scancel", "--signal=USR1", "--batch", job)  # as Slurm does before the time limit
@@ -126,7 +125,7 @@ def test_a_run_that_is_interrupted_has_the_metrics_of_one_that_is_not(slurm: Clu
     assert "a checkpoint was saved; cancelled" in said
     assert (slurm.state(job), slurm.state(urgent)) == ("CANCELLED", "COMPLETED")
 
-    again = login.submit("interrupted", W, *overrides)
+    again = login.submit("interrupted", *overrides)
     slurm.wait(again, "COMPLETED", seconds=300)
     slurm.wait(f"{sweep}_2", "COMPLETED", seconds=300)
     whole = login.folder / "sweep" / f"num_rollout_steps={NUM_STEPS}"
@@ -137,8 +136,26 @@ def test_a_run_that_is_interrupted_has_the_metrics_of_one_that_is_not(slurm: Clu
     assert log.endswith("finished\n")
 
 
+def test_a_run_on_two_nodes_ends_and_one_that_loses_a_node_goes_on_elsewhere(slurm: Cluster, login: LoginNode, sweep: str):
+    """Two nodes with two ranks each. A checkpoint is complete when the save after it begins."""
+    cluster = ("--nodes=2", "--actor.num_ranks=4", "--train.num_rollout_steps=6", "--checkpoint.every=1")
+    lossy = login.submit("lossy", *cluster, "--slurm.sbatch=[--exclude=node4]")
+    login.wait_for_next_attempt("lossy", lossy, num_steps=3)
+    assert slurm.job(lossy)["NodeList"] == "node[1-2]"
+    slurm.power_off(2)
+    whole = login.submit("whole", *cluster, "--slurm.sbatch=[--exclude=node2]")
+    for job in (whole, lossy):
+        slurm.wait(job, "COMPLETED", seconds=400)
+    assert login.ends("whole") == ["finished"]
+    assert slurm.job(lossy)["NodeList"] == "node[1,3]"
+    assert [row["rollout_step"] for row in rows(login.folder / "lossy")] == [1, 2, 3, 4, 5, 6]
+    assert training_rows(login.folder / "lossy") == training_rows(login.folder / "whole")
+    log = slurm.output(lossy)
+    assert "on node[1-2]" in log and log.count("\n   1 ") == 1, "it went on from a checkpoint"
+
+
 def test_an_error_in_the_settings_ends_the_job(slurm: Cluster, login: LoginNode, sweep: str):
-    job = login.submit("broken", W, *LOCAL, "--slurm.sbatch=[--hold]")
+    job = login.submit("broken", *LOCAL, "--slurm.sbatch=[--hold]")
     settings = JobRecords(login.folder / "broken").config_file
     settings.write_text(settings.read_text().replace('"lr"', '"rl"'))
     slurm.run("scontrol", "release", job)
@@ -151,7 +168,9 @@ def test_a_checkpoint_is_converted_on_a_cpu_node(slurm: Cluster, login: LoginNod
     monkeypatch.setitem(slurm.environment, "PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     model = login.folder / "runs" / "quickstart-assets" / "model"
     out = login.folder / "it's $(converted)"
-    job = slurm.sbatch("--cpus-per-task=1", "--mem=1G", TEMPLATES / "convert.sbatch", "hf-to-megatron", model, out, "--workers", "1")
+    job = slurm.sbatch(
+        "--cpus-per-task=1", "--mem=1G", TEMPLATES / "convert.sbatch", "hf-to-megatron", model, out, "--workers", "1"
+    )
     slurm.wait(job, "COMPLETED", seconds=300)
     assert (out / "release" / "metadata.json").is_file()
     assert "each mapped once" in slurm.output(job)

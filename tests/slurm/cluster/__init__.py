@@ -266,7 +266,7 @@ def _write_configuration(folder: Path, network: str, kill_wait: int) -> None:
         name=f"test{os.getpid()}",
         folder=folder,
         network=network,
-        num_nodes=NUM_NODES,
+        nodes="\n".join(f"NodeName=node{k} NodeAddr={network}.{k} Weight={k}" for k in range(1, NUM_NODES + 1)),
         cpus=16,  # said, not had
         memory_mib=64000,
         gpus=gpus,
