@@ -19,9 +19,9 @@ from benchmarks.layout_rows import read_rows
 from benchmarks.planner_time import TimedRow, TimeScore, timed_rows
 from dapo_megatron.layout.efficiency import EFFICIENCIES, Efficiency
 
-NEUTRAL = Efficiency(0.65, 0.48, 0.38, 0.85, 0.55, 0.75, 5e-6, "where large kernels of any generation are")
+NEUTRAL = Efficiency(0.65, 0.48, 0.38, 0.85, 0.55, 0.80, 5e-6, "where large kernels of any generation are")
 FITTED = ("matmul", "attention_forward", "attention_backward", "memory", "link")
-PULL = 0.05
+PULL = 0.2
 """Error that an excursion of a share by a factor e from NEUTRAL must save, times the number of rows."""
 STEPS = (1.15, 1.05, 1.02)
 HIGHEST = 0.95

@@ -24,6 +24,8 @@ FIT_SOURCES = ("SimuMax docs/b200", "Megatron-LM README", "gpt3_7b_")
 FIT_DEVICES = ("B200-192", "H100-80", "A100-80")
 OVERLAPPED = ("Megatron-Bridge", "NeMo", "Megatron-LM README")
 """Frameworks whose recipes overlap data- and tensor-parallel communication with compute."""
+ONCE_PER_NODE = ("Megatron-Bridge", "flex", "DeepEP")
+"""Recipes that dispatch tokens with DeepEP or HybridEP."""
 ASSUMED_MICRO_BATCH_SIZES = (1, 2, 4)
 """Where none is published: the fastest of these, since tables of results show tuned runs."""
 MAX_SECONDS_APART = 0.02
@@ -169,6 +171,7 @@ def _timed(row: Mapping[str, str]) -> TimedRow:
             precision="bf16" if precision in ("bf16", "") else "fp8",
             overlap_data_parallel=overlapped,
             overlap_tensor_parallel=overlapped,
+            dispatch_once_per_node=any(word in row["source"] + row["model"] + row["note"] for word in ONCE_PER_NODE),
         ),
         num_tokens,
         _published_seconds(row, variants[0], num_tokens, variants[0].layout.world_size),
@@ -187,7 +190,12 @@ def _published_seconds(row: Mapping[str, str], inputs: RowInputs, num_tokens: in
 
 def _predicted(machine: Machine, inputs: RowInputs) -> float:
     options = inputs.options
-    own = replace(machine.options, grad_bytes=options.precision.grad_bytes, fully_sharded=options.fully_sharded)
+    own = replace(
+        machine.options,
+        grad_bytes=options.precision.grad_bytes,
+        fully_sharded=options.fully_sharded,
+        dropout=options.dropout,
+    )
     layout = inputs.layout
     batches = MicroBatches(layout.num_micro_batches, layout.max_tokens_per_micro_batch, inputs.sequence_tokens)
     return update_seconds(replace(machine, options=own), inputs.shape, layout, batches, options.layers).total

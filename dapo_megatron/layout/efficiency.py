@@ -34,12 +34,12 @@ class Efficiency:
 
 
 EFFICIENCIES: Mapping[str, Efficiency] = {
-    "ampere": Efficiency(0.65, 0.38, 0.38, 0.90, 0.81, 0.75, 5e-6, "2 rows: Megatron-LM, 7B on 8 A100"),
+    "ampere": Efficiency(0.71, 0.49, 0.40, 0.95, 0.71, 0.80, 5e-6, "2 rows: Megatron-LM, 7B on 8 A100"),
     "hopper": Efficiency(
-        0.65, 0.41, 0.27, 0.88, 0.57, 0.75, 5e-6, "11 rows: Megatron-LM, 7B on 8 H100, 2B to 462B on 48 to 6144"
+        0.64, 0.48, 0.38, 0.84, 0.66, 0.80, 5e-6, "11 rows: Megatron-LM, 7B on 8 H100, 2B to 462B on 48 to 6144"
     ),
-    "h20": Efficiency(0.85, 0.70, 0.55, 0.88, 0.57, 0.75, 5e-6, "no rows: Hopper's kernels on a seventh of its arithmetic"),
-    "b200": Efficiency(0.52, 0.40, 0.37, 0.90, 0.36, 0.75, 5e-6, "43 rows: SimuMax, slices of dense and MoE models on 8 B200"),
+    "h20": Efficiency(0.85, 0.70, 0.55, 0.84, 0.66, 0.80, 5e-6, "no rows: Hopper's kernels on a seventh of its arithmetic"),
+    "b200": Efficiency(0.52, 0.43, 0.35, 0.90, 0.37, 0.80, 5e-6, "43 rows: SimuMax, slices of dense and MoE models on 8 B200"),
 }
 """By the name that a GPU entry refers to. `network` and `launch_seconds` are assumed, not fitted; so
 are all shares of H20 (its few arithmetic units are easily fed) and GB200 (B200's)."""

@@ -18,6 +18,8 @@ from dapo_megatron.layout.model_shape import Experts, GroupedQueryAttention, Mod
 
 COLLECTIVE_LATENCY_SECONDS = 12e-6
 """Of one collective within a node, beside its bytes."""
+ATTENTION_WITH_DROPOUT = 0.75
+"""Rate of an attention kernel that draws random numbers over that of one that does not; assumed."""
 NETWORK_LATENCY_SECONDS = 25e-6
 """Of one collective between nodes."""
 
@@ -33,6 +35,10 @@ class TimeOptions:
     """Gradients are reduced and parameters gathered while other layers compute."""
     overlap_tensor_parallel: bool = False
     """Collectives of tensor parallelism run inside the matrix products (user buffers)."""
+    dispatch_once_per_node: bool = False
+    """A token goes once to every node that has some of its experts (DeepEP); False: once to every expert."""
+    dropout: bool = False
+    """In attention and on both residual branches."""
     fully_sharded: bool = False
     """FSDP: parameters are gathered for every forward and backward pass, gradients scattered after every backward pass."""
     gpus_per_node: int = 8
@@ -116,6 +122,8 @@ class Machine:
         """The attention kernel in bf16."""
         efficiency = self.efficiency
         share = efficiency.attention_backward if backward else efficiency.attention_forward
+        if self.options.dropout:
+            share *= ATTENTION_WITH_DROPOUT
         return flops / (self.gpu.bf16_tflops * 1e12 * share) + efficiency.launch_seconds
 
     def stream(self, num_bytes: float, num_kernels: int = 1) -> float:
@@ -130,14 +138,19 @@ class Machine:
         rate, latency = self.link(group, stride)
         return num_bytes * (group - 1) / group / rate + latency
 
-    def all_to_all(self, num_bytes: float, group: int) -> float:
+    def all_to_all(self, num_bytes: float, group: int, copies_per_token: int) -> float:
         """Every rank sends `num_bytes`, spread evenly over a group of neighbours; what leaves the node takes the network."""
         if group == 1:
             return 0.0
         efficiency = self.efficiency
         near = min(group, self.gpu.nvlink_domain_gpus)
         inside = num_bytes * (near - 1) / group / (self.gpu.nvlink_gb_per_second * 1e9 * efficiency.link)
-        outside = num_bytes * (group - near) / group / (self.gpu.internode_gb_per_second * 1e9 * efficiency.network)
+        sent = num_bytes * (group - near) / group
+        if self.options.dispatch_once_per_node:
+            num_nodes = group / near
+            nodes_of_token = (num_nodes - 1) * (1 - (1 - 1 / num_nodes) ** copies_per_token)
+            sent = min(sent, num_bytes / copies_per_token * nodes_of_token)
+        outside = sent / (self.gpu.internode_gb_per_second * 1e9 * efficiency.network)
         return max(inside, outside) + (NETWORK_LATENCY_SECONDS if group > near else COLLECTIVE_LATENCY_SECONDS)
 
     def link(self, group: int, stride: int) -> tuple[float, float]:
@@ -283,6 +296,8 @@ def _attention(machine: Machine, shape: ModelShape, cut: Cut, num_tokens: float,
     heads = attention.num_heads / tensor
     # Both norms and both residual additions: 2 x (read, write) and 2 x (read, read, write) of bf16.
     parts = {"norms": _passes(machine, own_tokens * hidden * 8, 2), "residual": _passes(machine, own_tokens * hidden * 12, 2)}
+    if machine.options.dropout:
+        parts["dropout"] = _passes(machine, own_tokens * hidden * 2 * 5, 2)  # read and write bf16, write a mask, twice
     if isinstance(attention, GroupedQueryAttention):
         groups, width = max(attention.num_groups / tensor, 1.0), attention.head_dim
         parts["qkv"] = _linear(machine, num_tokens, (heads + 2 * groups) * width, hidden)
@@ -345,7 +360,9 @@ def _experts(machine: Machine, shape: ModelShape, cut: Cut, num_tokens: float) -
     num_local = experts.num_experts / cut.expert
     width, rows = experts.ffn_hidden_size / cut.expert_tensor, copies / num_local
     sent = 2 * own_tokens * experts.num_per_token * hidden
-    exchange = machine.all_to_all(sent, cut.expert) + machine.collective(2 * copies * hidden, cut.expert_tensor)
+    exchange = machine.all_to_all(sent, cut.expert, experts.num_per_token) + machine.collective(
+        2 * copies * hidden, cut.expert_tensor
+    )
     parts = {
         "router": _merge(
             _linear(machine, own_tokens, experts.num_experts, hidden), _passes(machine, own_tokens * experts.num_experts * 24, 12)
