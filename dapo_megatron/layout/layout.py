@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 Granularity = Literal["none", "selective", "full"]
@@ -128,14 +129,7 @@ class Layout:
 
     def layers_of(self, num_layers: int) -> tuple[tuple[range, ...], ...]:
         """Layer numbers, from 0, by [stage][chunk]: chunk c of all stages comes before chunk c + 1 of any."""
-        per_chunk = [count // self.num_chunks for count in self.layers_per_stage(num_layers)]
-        starts = [sum(per_chunk[:stage]) for stage in range(len(per_chunk))]
-        return tuple(
-            tuple(
-                range(chunk * sum(per_chunk) + start, chunk * sum(per_chunk) + start + count) for chunk in range(self.num_chunks)
-            )
-            for start, count in zip(starts, per_chunk, strict=True)
-        )
+        return _chunks(self.layers_per_stage(num_layers), self.num_chunks)
 
     def __str__(self) -> str:
         names = {
@@ -156,3 +150,13 @@ class Layout:
             if count is not None
         ]
         return " ".join([*sizes, f"DP{self.data_parallel_size}", *stages])
+
+
+@lru_cache(maxsize=4096)
+def _chunks(per_stage: tuple[int, ...], num_chunks: int) -> tuple[tuple[range, ...], ...]:
+    per_chunk = [count // num_chunks for count in per_stage]
+    starts = [sum(per_chunk[:stage]) for stage in range(len(per_chunk))]
+    return tuple(
+        tuple(range(chunk * sum(per_chunk) + start, chunk * sum(per_chunk) + start + count) for chunk in range(num_chunks))
+        for start, count in zip(starts, per_chunk, strict=True)
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Kernels = Literal["transformer_engine", "local"]
@@ -77,10 +77,11 @@ class PhaseMemory:
     phase: Phase
     items: tuple[MemoryItem, ...]
 
-    @property
-    def total_bytes(self) -> int:
-        """Everything, the parts outside torch's allocator and the margin too."""
-        return sum(item.num_bytes for item in self.items)
+    total_bytes: int = field(init=False, compare=False)
+    """Everything, the parts outside torch's allocator and the margin too."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "total_bytes", sum(item.num_bytes for item in self.items))
 
     def bytes_of(self, name: str) -> int:
         """The item of that name; 0 where there is none."""

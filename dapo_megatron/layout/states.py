@@ -92,25 +92,22 @@ def _stage_states(
     options: MemoryOptions,
 ) -> tuple[StageStates, ...]:
     layout = Layout(tensor_parallel_size=tp, expert_parallel_size=ep, expert_tensor_parallel_size=etp)
+    made: dict[tuple[StageLayers, bool, bool], StageStates] = {}
     stages = []
     for stage, counts in enumerate(layers):
-        chunks = [
-            _chunk_weights(
-                shape,
-                dense,
-                moe,
-                options,
-                tp,
-                first=stage == 0 and chunk == 0,
-                last=stage == len(layers) - 1 and chunk == len(counts.moe) - 1,
+        kind = counts, stage == 0, stage == len(layers) - 1
+        if kind not in made:  # the stages in the middle are mostly alike
+            chunks = [
+                _chunk_weights(
+                    shape, dense, moe, options, tp, first=kind[1] and chunk == 0, last=kind[2] and chunk == len(counts.moe) - 1
+                )
+                for chunk, (dense, moe) in enumerate(zip(counts.dense, counts.moe, strict=True))
+            ]
+            unit, linear_grad = (count(shape, counts, layout, options) for count in (_layer_elements, _linear_grad_elements))
+            made[kind] = _states(
+                chunks, unit, linear_grad, layout, num_shards, num_expert_shards, distributed, offload_fraction, options
             )
-            for chunk, (dense, moe) in enumerate(zip(counts.dense, counts.moe, strict=True))
-        ]
-        linear_grad = _linear_grad_elements(shape, counts, layout, options)
-        unit = _layer_elements(shape, counts, layout, options)
-        stages.append(
-            _states(chunks, unit, linear_grad, layout, num_shards, num_expert_shards, distributed, offload_fraction, options)
-        )
+        stages.append(made[kind])
     return tuple(stages)
 
 
