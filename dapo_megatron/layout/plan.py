@@ -57,7 +57,6 @@ class Candidate:
 
     layout: Layout
     memory: MemoryPlan
-    """Of every stage for the `top` best layouts, of the stages that can be the fullest for the others."""
     time: StepTime
     limit: str
     """What bounds it: `activations of stage 1: 71.2 of 74.5 GB`, `decode: HBM bandwidth`."""

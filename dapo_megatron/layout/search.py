@@ -70,10 +70,7 @@ def plan(request: PlanRequest, only: Callable[[Layout], bool] | None = None) -> 
             if len(fastest) > request.top:
                 heapq.heappop(fastest)
     candidates = _ranked(candidates)
-    best = [
-        replace(search.in_full(candidate), gains=gains_of(request, candidate, search.options))
-        for candidate in candidates[: request.top]
-    ]
+    best = [replace(candidate, gains=gains_of(request, candidate, search.options)) for candidate in candidates[: request.top]]
     return Plan(request, (*best, *candidates[request.top :]), tuple(rejections), _notes(request))
 
 
@@ -114,9 +111,7 @@ def evaluate(request: PlanRequest, layout: Layout) -> Candidate | Rejection:
         return Rejection(layout, "rule", problem)
     if request.only_runnable and (problem := release_problem(layout)):
         return Rejection(layout, "release", problem)
-    search = _Search.of(request)
-    found = search.of_layout(layout)
-    return found if isinstance(found, Rejection) else search.in_full(found)
+    return _Search.of(request).of_layout(layout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +175,7 @@ class _Search:
                 return
 
     def of_layout(self, layout: Layout) -> Candidate | Rejection:
-        """Memory of the stages that can be the fullest, and time."""
+        """Memory of the stages that can be the fullest, and time; of what fits the memory of all stages."""
         request, gpu_bytes = self.request, self.request.gpu.memory_bytes
         memory = plan_memory(request.model, layout, gpu_bytes, self.options, _fullest_stages(request.model, layout))
         time = self.time(layout, memory.kv_cache_tokens)
@@ -190,12 +185,8 @@ class _Search:
         if memory.host_bytes > host_bytes:
             reason = _host_reason(memory, host_bytes)
             return Rejection(layout, "host_memory", reason, peak_bytes=memory.peak_bytes, step_seconds=time.step_seconds)
+        memory = plan_memory(request.model, layout, gpu_bytes, self.options)
         return Candidate(layout, memory, time, limit_of(memory, time, request.gpu))
-
-    def in_full(self, candidate: Candidate) -> Candidate:
-        """With the memory of every stage."""
-        memory = plan_memory(self.request.model, candidate.layout, self.request.gpu.memory_bytes, self.options)
-        return replace(candidate, memory=memory)
 
     def _optimizer_on_host(self, layout: Layout) -> Candidate | Rejection:
         """The last resort of a cut: Adam and its state in host memory."""

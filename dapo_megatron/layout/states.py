@@ -103,7 +103,8 @@ def _stage_states(
                 )
                 for chunk, (dense, moe) in enumerate(zip(counts.dense, counts.moe, strict=True))
             ]
-            unit, linear_grad = (count(shape, counts, layout, options) for count in (_layer_elements, _linear_grad_elements))
+            unit = _layer_elements(shape, counts, layout, options)
+            linear_grad = _linear_grad_elements(shape, counts, layout, options)
             made[kind] = _states(
                 chunks, unit, linear_grad, layout, num_shards, num_expert_shards, distributed, offload_fraction, options
             )
