@@ -19,7 +19,7 @@ from dapo_megatron.config.load import load_config
 from dapo_megatron.config.schema import Config
 from dapo_megatron.layout.calibration import calibrated, calibration_of
 from dapo_megatron.layout.explain import cut_matching, matching, parse_sizes
-from dapo_megatron.layout.from_config import gpu_of, layout_of, num_rollout_gpus, workload_of
+from dapo_megatron.layout.from_config import dtypes_of, gpu_of, layout_of, num_rollout_gpus, workload_of
 from dapo_megatron.layout.from_config import request_of as config_request
 from dapo_megatron.layout.hardware import Gpu, gpu_named, known_gpus, read_gpus
 from dapo_megatron.layout.model_shape import ModelShape
@@ -175,6 +175,7 @@ def request_of(command: PlanCommand, planned: Planned) -> PlanRequest:
         gpus_per_node=per_node,
         only_runnable=not command.include_unrunnable,
         top=command.top,
+        **({} if config is None else dtypes_of(config)),
     )
     return request if command.calibrate is None else _calibrated(request, command.calibrate)
 

@@ -80,7 +80,14 @@ def request_of(config: Config, hf_config: Mapping[str, Any], gpu: Gpu) -> PlanRe
         gpu=gpu,
         num_gpus=config.actor.world_size + (engines or 0),
         num_rollout_gpus=engines,
+        **dtypes_of(config),
     )
+
+
+def dtypes_of(config: Config) -> dict[str, Any]:
+    """`PlanRequest.dtype` and `engine_dtype`: of the actor, and of the engines where they are servers of the run."""
+    engine = config.rollout.engine
+    return {"dtype": config.model.dtype, "engine_dtype": engine.dtype if isinstance(engine, SglangEngineConfig) else "bf16"}
 
 
 def gpu_of(config: Config) -> Gpu | None:

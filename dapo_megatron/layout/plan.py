@@ -19,6 +19,8 @@ RejectionKind = Literal["rule", "release", "memory", "host_memory", "slower"]
 """rule: megatron-core or the configuration refuses it. release: this version cannot run it. memory, host_memory: it does not fit.
 slower: it fits, and so does one with more of everything else equal that is faster."""
 
+Dtype = Literal["bf16", "fp32"]
+
 
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
@@ -35,6 +37,10 @@ class PlanRequest:
     """Devices for engines alone. None: colocated."""
     gpus_per_node: int = 8
     """Devices that share a host's memory and its NVLink."""
+    dtype: Dtype = "bf16"
+    """Of the actor's weights and activations."""
+    engine_dtype: Dtype = "bf16"
+    """Of the engines' weights and KV cache."""
     only_runnable: bool = True
     """Reject what this version of the library cannot run (context parallelism, offload). False: plan it all the same."""
     top: int = 10

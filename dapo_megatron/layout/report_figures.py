@@ -10,9 +10,9 @@ from plotly.colors import qualitative
 
 from dapo_megatron.layout.layout import Layout
 from dapo_megatron.layout.memory import train_allocated_bytes, with_margin
-from dapo_megatron.layout.memory_records import MemoryOptions
 from dapo_megatron.layout.plan import Candidate, Plan, Rejection
 from dapo_megatron.layout.report import KIND_WORDS, PHASE_WORDS, describe, gb, saved, train_peak_bytes
+from dapo_megatron.layout.search import memory_options
 from dapo_megatron.layout.step_time import PHASES, Phase
 
 COLORS = (*qualitative.T10, *qualitative.Pastel, *qualitative.Dark2)
@@ -115,7 +115,7 @@ def time_figure(candidates: Sequence[Candidate]) -> go.Figure:
 def space_figure(plan: Plan) -> go.Figure:
     """Memory in training against time of every layout whose time is known; the reason on hover."""
     figure = go.Figure()
-    model, options = plan.request.model, MemoryOptions(gpus_per_node=plan.request.gpus_per_node)
+    model, options = plan.request.model, memory_options(plan.request)
 
     def train_gb(layout: Layout) -> float:
         return with_margin(max(train_allocated_bytes(model, layout, options)), layout) / 1e9

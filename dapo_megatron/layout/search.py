@@ -19,7 +19,7 @@ from dapo_megatron.layout.gains import gains_of, limit_of
 from dapo_megatron.layout.layer_time import Machine, TimeOptions
 from dapo_megatron.layout.layout import FULL_RECOMPUTE, Layout, Recompute
 from dapo_megatron.layout.memory import plan_memory
-from dapo_megatron.layout.memory_records import MemoryOptions, MemoryPlan
+from dapo_megatron.layout.memory_records import DEFAULT_OPTIONS, MemoryOptions, MemoryPlan, Precision
 from dapo_megatron.layout.model_shape import ModelShape
 from dapo_megatron.layout.plan import Candidate, Plan, PlanRequest, Rejection
 from dapo_megatron.layout.space import cuts, recompute_choices, release_problem, rule_problem, token_limits
@@ -74,6 +74,22 @@ def plan(request: PlanRequest, only: Callable[[Layout], bool] | None = None) -> 
     return Plan(request, (*best, *candidates[request.top :]), tuple(rejections), _notes(request))
 
 
+def memory_options(request: PlanRequest) -> MemoryOptions:
+    """How the memory of a request is counted. Weights in fp32 are their own master copy."""
+    actor, engine = _DTYPE_BYTES[request.dtype], _DTYPE_BYTES[request.engine_dtype]
+    precision = Precision(
+        weight_bytes=actor,
+        activation_bytes=actor,
+        master_bytes=0 if request.dtype == "fp32" else DEFAULT_OPTIONS.precision.master_bytes,
+        kv_cache_bytes=engine,
+        engine_weight_bytes=engine,
+    )
+    return MemoryOptions(gpus_per_node=request.gpus_per_node, precision=precision)
+
+
+_DTYPE_BYTES = {"bf16": 2, "fp32": 4}
+
+
 def time_of(request: PlanRequest, layout: Layout) -> StepTime:
     """Time of one layout as it is given, whether it fits or not."""
     search = _Search.of(request)
@@ -124,7 +140,7 @@ class _Search:
     @classmethod
     def of(cls, request: PlanRequest) -> _Search:
         machine = Machine(request.gpu, TimeOptions(gpus_per_node=request.gpus_per_node))
-        options = MemoryOptions(gpus_per_node=request.gpus_per_node)
+        options = memory_options(request)
         return cls(request, machine, options, fastest_rollout_seconds(request, machine, options))
 
     def bound_seconds(self, cut: Layout) -> float:
@@ -254,6 +270,8 @@ def _notes(request: PlanRequest) -> tuple[str, ...]:
         )
     if request.model.experts is not None or request.model.num_mtp_layers:
         notes.append("this version converts models with experts and does not train them yet; the plan is for the day it does.")
+    if request.dtype == "fp32" or request.engine_dtype == "fp32":
+        notes.append("fp32 is counted in memory; times are those of bf16, fp32 takes several times longer.")
     if request.calibration is not None:
         calibration = request.calibration
         notes.append(

@@ -19,10 +19,11 @@ from dapo_megatron.layout.explain import matching, parse_sizes
 from dapo_megatron.layout.from_config import fit_problem, layout_of, request_of, workload_of
 from dapo_megatron.layout.hardware import gpu_named
 from dapo_megatron.layout.layout import EngineLayout, Layout, Recompute
+from dapo_megatron.layout.memory import plan_memory
 from dapo_megatron.layout.plan import Candidate, PlanRequest
 from dapo_megatron.layout.report_figures import wrapped
 from dapo_megatron.layout.report_yaml import actor_overrides, yaml_of
-from dapo_megatron.layout.search import evaluate, plan
+from dapo_megatron.layout.search import evaluate, memory_options, plan
 from dapo_megatron.train import check_fit
 from dapo_megatron.types import ConfigError
 from tests.published_configs import QWEN2_5_32B
@@ -126,6 +127,31 @@ def test_run_that_fits_or_whose_gpu_is_unknown_is_not():
     config = config_of({"cluster": {"gpu": "h200"}, "actor": fits | {"max_tokens_per_micro_batch": 24576}})
     assert fit_problem(config, QWEN2_5_32B) is None
     assert fit_problem(config_of({}), QWEN2_5_32B) is None
+
+
+def test_weights_and_activations_in_fp32_take_their_bytes():
+    layout = {
+        "num_ranks": 64,
+        "tensor_parallel_size": 8,
+        "pipeline_parallel_size": 2,
+        "sequence_parallel": True,
+        "recompute": "full",
+    }
+    tree = {"actor": layout, "rollout": {"engine": {"type": "sglang", "tensor_parallel_size": 8}, "num_engines": 8}}
+
+    def planned(dtype: str) -> tuple[dict[str, int], tuple[str, ...]]:
+        asked = replace(
+            request_of(config_of(tree | {"model": {"path": "m", "dtype": dtype}}), QWEN2_5_32B, gpu_named("h200")), top=1
+        )
+        stage = plan_memory(asked.model, layout_of(config_of(tree)), asked.gpu.memory_bytes, memory_options(asked)).stages[0]
+        items = {item.name: item.num_bytes for item in stage.phases[0].items}
+        return items, plan(asked, only=lambda cut: cut.tensor_parallel_size == 8).notes
+
+    (bf16, plain), (fp32, notes) = planned("bf16"), planned("fp32")
+    assert fp32["weights"] == 2 * bf16["weights"] and fp32["gradients"] == bf16["gradients"]
+    assert fp32["activations: layer inputs"] == 2 * bf16["activations: layer inputs"]
+    assert fp32["optimizer state"] == pytest.approx(bf16["optimizer state"] * 2 / 3)
+    assert not any("fp32" in note for note in plain) and any(note.startswith("fp32 is counted in memory") for note in notes)
 
 
 def test_unknown_gpu_of_a_configuration_is_called_by_its_setting():
