@@ -78,9 +78,9 @@ class Workload:
         return self.prompt_tokens + self.response_tokens
 
     def longest_of(self, num_sequences: float) -> float:
-        """The longest sequence to expect among so many, in tokens."""
+        """The longest sequence to expect among so many, in tokens; of one its median."""
         lengths = self.response_lengths()
-        return float(lengths[min(int((1 - 1 / max(num_sequences, 1)) * len(lengths)), len(lengths) - 1)]) + self.prompt_tokens
+        return float(lengths[int(num_sequences / (num_sequences + 1) * len(lengths))]) + self.prompt_tokens
 
     @property
     def mean_square(self) -> float:

@@ -32,6 +32,12 @@ def test_mean_and_limit_of_sampled_lengths():
     assert lengths.mean() == pytest.approx(3000) and lengths.max() == 8192 and lengths.min() > 1
 
 
+def test_longest_sequence_to_expect_grows_with_their_number():
+    expected = [WORKLOAD.longest_of(number) - WORKLOAD.prompt_tokens for number in (1, 10, 1e6)]
+    assert expected[0] == pytest.approx(np.median(WORKLOAD.response_lengths()), rel=0.02)
+    assert expected[0] < expected[1] < expected[2] == 8192
+
+
 def test_lengths_of_one_value_have_its_square():
     workload = replace(WORKLOAD, mean_response_tokens=1000, mean_prompt_tokens=24, length_spread=0.0)
     assert workload.mean_square == pytest.approx(1024) and workload.longest_of(500) == pytest.approx(1024)
