@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import subprocess
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from dapo_megatron.launcher.backends import RayCluster
 from dapo_megatron.launcher.controller import read_state
 from dapo_megatron.launcher.identity import RunIdentity, identity_of, installed_version, require_same
 from dapo_megatron.launcher.run_folder import RunFolder, num_steps_of
+from dapo_megatron.launcher.stall import explain_stall, let_be_inspected
 from dapo_megatron.launcher.stop import StopRequest, stop_on_signals
 from dapo_megatron.metrics.console import RunConsole
 from dapo_megatron.metrics.writers import MetricsWriter
@@ -32,6 +34,8 @@ from dapo_megatron.rollout.sglang_arguments import server_argument_names, sglang
 from dapo_megatron.types import CheckpointError, ConfigError, EngineError, NumericsError, WorkerDiedError
 
 PACKAGES = ("dapo-megatron", "torch", "megatron-core", "transformer-engine", "transformers", "ray", "sglang")
+LEAVE_SECONDS = 60.0
+"""After the diagnosis of a stall: how long the run may take to end its processes."""
 RESTARTABLE = (WorkerDiedError, EngineError, NumericsError)
 
 logger = logging.getLogger(__name__)
@@ -42,6 +46,7 @@ def run(config: Config, *, check_only: bool, strict: bool = False, cluster: RayC
 
     `strict`: a run that will not fit on the GPU of `cluster.gpu` is such an error, not a warning. `cluster`: the Ray of a job.
     """
+    let_be_inspected()
     with stop_on_signals() as stop:
         try:
             return _run(config, stop, check_only=check_only, strict=strict, cluster=cluster)
@@ -257,6 +262,14 @@ def _train_once(
             writer.write(row)
             screen.step(row)
 
+        def diagnose(words: str) -> str:
+            summary = explain_stall(folder.path / "stalls", words, processes.places, processes.dump_elsewhere)
+            end = threading.Timer(LEAVE_SECONDS, os._exit, [ExitCode.STALLED])  # what is stuck may not let the rest end
+            end.daemon = True
+            end.start()
+            console.print(f"{words}. {summary}", style="red", markup=False, highlight=False, soft_wrap=True)
+            return summary
+
         async def drive() -> bool:
             async with RewardWorkers(config.reward) as scorer, connections(processes.engines):
                 await scorer.wait_ready()
@@ -276,6 +289,7 @@ def _train_once(
                     evaluate=evaluate,
                     state=state,
                     stop=stop,
+                    diagnose=diagnose,
                 )
                 return await controller.run(start)
 

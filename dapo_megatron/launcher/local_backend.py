@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from dapo_megatron.config.schema import Config, HfEngineConfig
 from dapo_megatron.launcher.backends import Ranks
 from dapo_megatron.launcher.rank import build_rank
+from dapo_megatron.launcher.stall import ProcessPlace
 from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult
 from dapo_megatron.types import TrainBatch
 from dapo_megatron.weights.file_digest import FileDigest
@@ -113,6 +114,9 @@ class LocalBackend:
 
     actor: LocalActor
     engines: tuple[LocalEngine, ...]
+    places: tuple[ProcessPlace, ...] = ()
+    """None but this process."""
+    dump_elsewhere: None = None
 
 
 @contextmanager

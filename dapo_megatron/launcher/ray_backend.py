@@ -35,6 +35,7 @@ from dapo_megatron.launcher.placement import ClusterNode, Wanted, place
 from dapo_megatron.launcher.rank import build_rank
 from dapo_megatron.launcher.server_process import ServerProcess
 from dapo_megatron.launcher.slurm.network import interface_of
+from dapo_megatron.launcher.stall import DUMP_SECONDS, ProcessPlace, ProcessStacks, dump, let_be_inspected
 from dapo_megatron.rollout.attached import Reattach, attach
 from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult
 from dapo_megatron.rollout.routed_experts import ExpertShape
@@ -59,11 +60,11 @@ class RankProcess:
     """One actor rank, in a process of its own."""
 
     def __init__(self, config: Config, rank: int, log_file: Path):
-        _write_output_to(log_file)
+        _settle_in(log_file)
         self._config, self._rank = config, rank
 
-    def pid(self) -> int:
-        return os.getpid()
+    def whereabouts(self) -> tuple[int, str]:
+        return _whereabouts()
 
     def gpus(self) -> tuple[str, tuple[int, ...]]:
         """Address of the node, and the GPUs of it that are this rank's."""
@@ -126,8 +127,11 @@ class RankProcess:
 class ServerActor(ServerProcess):
     """One SGLang server, held by a process on its node."""
 
+    def whereabouts(self) -> tuple[int, str]:
+        return _whereabouts()
+
     def __init__(self, config: Config, index: int, log_file: Path):
-        _write_output_to(log_file)
+        _settle_in(log_file)
         super().__init__(config, index, log_file)
 
     def start_here(self, gpu_ids: tuple[int, ...] | None) -> EngineEndpoint:
@@ -141,7 +145,7 @@ class EngineProcess:
     """One embedded engine, in a process of its own."""
 
     def __init__(self, config: Config, log_file: Path):
-        _write_output_to(log_file)
+        _settle_in(log_file)
         import torch
 
         from dapo_megatron.rollout.hf_engine import HfEngine
@@ -152,8 +156,8 @@ class EngineProcess:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._engine = HfEngine(config.model.path, settings, threads, device)
 
-    async def pid(self) -> int:
-        return os.getpid()
+    async def whereabouts(self) -> tuple[int, str]:
+        return _whereabouts()
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> AsyncIterator[list[GenerateResult]]:
         async for results in self._engine.generate_together(requests):
@@ -343,6 +347,13 @@ class RayBackend:
     actor: RayActor
     engines: tuple[Any, ...]
     """The embedded engines, or one router over all servers."""
+    places: tuple[ProcessPlace, ...] = ()
+    """All processes, as they were when they came up."""
+
+    def dump_elsewhere(self, node: str, places: Sequence[ProcessPlace]) -> list[ProcessStacks]:
+        """`stall.dump` on another node. Raises Ray's errors when the node does not answer."""
+        options = {"num_cpus": 0, "resources": {f"node:{node}": 0.001}}
+        return ray.get(ray.remote(dump).options(**options).remote(list(places)), timeout=2 * DUMP_SECONDS)
 
 
 @contextmanager
@@ -436,7 +447,7 @@ def ray_backend(
             ]
             if isinstance(settings, HfEngineConfig):
                 engines = [launch(EngineProcess, index) for index in range(num_engines)]
-                engines_up: Any = call_all(engines, "pid")
+                engines_up: Any = call_all(engines, "whereabouts")
             elif attached:
                 engines_up = attach(settings)
             else:
@@ -445,8 +456,9 @@ def ray_backend(
             starting = _bring_up(config, actor, engines_up, Path(folder), logs, frozen=ranks == "frozen")
             data_parallel_ranks, endpoints = asyncio.run(starting)
         handle = RayActor(actor, data_parallel_ranks, config.actor.offload)
+        places = asyncio.run(_places([*actor, *(engines or ()), *(servers.processes if servers else ())]))
         if engines is not None:
-            yield RayBackend(handle, tuple(RayEngine(process) for process in engines))
+            yield RayBackend(handle, tuple(RayEngine(process) for process in engines), places)
         else:
             assert isinstance(settings, SglangEngineConfig)
             restart = servers.restart if servers is not None else Reattach(settings, endpoints)
@@ -459,11 +471,25 @@ def ray_backend(
                 mixes_versions=config.rollout.partial_rollout,
                 experts=ExpertShape.of(read_hf_config(config.model.path)) if settings.return_routed_experts else None,
             )
-            yield RayBackend(handle, (router,))
+            yield RayBackend(handle, (router,), places)
     finally:
         for process in (*actor, *(engines or ()), *(servers.processes if servers else ())):
             ray.kill(process.handle)
         ray.util.remove_placement_group(group)
+
+
+async def _places(processes: Sequence[Process]) -> tuple[ProcessPlace, ...]:
+    here = ray.util.get_node_ip_address()
+    found = await call_all(processes, "whereabouts")
+    return tuple(
+        ProcessPlace(process.name, pid, None if node == here else node)
+        for process, (pid, node) in zip(processes, found, strict=True)
+    )
+
+
+def _whereabouts() -> tuple[int, str]:
+    """This process, and the address of its node."""
+    return os.getpid(), ray.util.get_node_ip_address()
 
 
 async def _bring_up(
@@ -655,6 +681,11 @@ def _start(cls: type, name: str, log_file: Path, group: PlacementGroup, place: d
         "max_restarts": 0,
     }
     return Process(name, ray.remote(cls).options(**options).remote(*args, log_file.absolute()), log_file)
+
+
+def _settle_in(log_file: Path) -> None:
+    _write_output_to(log_file)
+    let_be_inspected()
 
 
 def _write_output_to(log_file: Path) -> None:

@@ -19,10 +19,6 @@ class ServerProcess:
         self._config, self._index, self._log_file = config, index, log_file
         self._server: SglangServer | None = None
 
-    def pid(self) -> int:
-        """Of this process, not of the server."""
-        return os.getpid()
-
     def start(self, host: str, device: Literal["cpu", "cuda"], gpu_ids: tuple[int, ...] | None) -> EngineEndpoint:
         """Start a server, in place of an earlier one, and wait until it generates. EngineError with the end of its log otherwise.
 
