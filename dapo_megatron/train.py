@@ -264,10 +264,14 @@ def _train_once(
 
         def diagnose(words: str) -> str:
             summary = explain_stall(folder.path / "stalls", words, processes.places, processes.dump_elsewhere)
-            end = threading.Timer(LEAVE_SECONDS, os._exit, [ExitCode.STALLED])  # what is stuck may not let the rest end
+
+            def leave() -> None:
+                console.print(f"{words}. {summary}", style="red", markup=False, highlight=False, soft_wrap=True)
+                os._exit(ExitCode.STALLED)
+
+            end = threading.Timer(LEAVE_SECONDS, leave)  # what is stuck may not let the rest end
             end.daemon = True
             end.start()
-            console.print(f"{words}. {summary}", style="red", markup=False, highlight=False, soft_wrap=True)
             return summary
 
         async def drive() -> bool:

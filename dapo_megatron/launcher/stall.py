@@ -22,6 +22,8 @@ DUMP_SECONDS = 30.0
 """Longest time of one dump."""
 RANK = "actor rank "
 """Beginning of the names of actor ranks."""
+CONTROLLER, REWARDS = "controller", "reward worker"
+_CHILD = " child"
 _PR_SET_PTRACER, _ANY = 0x59616D61, ctypes.c_ulong(-1)  # linux/prctl.h
 _COLLECTIVES = re.compile(
     r"all_reduce|all_gather|reduce_scatter|broadcast|barrier|all_to_all|gather|scatter|reduce|send|recv|wait"
@@ -76,7 +78,7 @@ def explain_stall(folder: Path, words: str, places: Sequence[ProcessPlace], dump
     target = folder / time.strftime("%Y%m%d_%H%M%S")
     target.mkdir(parents=True, exist_ok=True)
     nodes = list(dict.fromkeys(place.node for place in places if place.node is not None))
-    here = [ProcessPlace("controller", os.getpid()), *(place for place in places if place.node is None)]
+    here = [ProcessPlace(CONTROLLER, os.getpid()), *(place for place in places if place.node is None)]
     with ThreadPoolExecutor(max(1, len(nodes))) as pool:
         asked = [(node, pool.submit(_elsewhere, dump_elsewhere, node, places)) for node in nodes]
         found = dump(here) + [stacks for _, answer in asked for stacks in answer.result()]
@@ -101,7 +103,8 @@ def dump(places: Sequence[ProcessPlace]) -> list[ProcessStacks]:
 
 def summarize(found: Iterable[ProcessStacks]) -> str:
     """Which actor ranks stand where: in which collective, called from which line of ours."""
-    ranks = sorted((stacks for stacks in found if stacks.name.startswith(RANK)), key=lambda it: int(it.name.removeprefix(RANK)))
+    of_ranks = [stacks for stacks in found if stacks.name.startswith(RANK) and not stacks.name.endswith(_CHILD)]
+    ranks = sorted(of_ranks, key=lambda it: int(it.name.removeprefix(RANK)))
     places: dict[str, list[str]] = {}
     for stacks in ranks:
         places.setdefault(_place_in_words(stacks), []).append(stacks.name.removeprefix(RANK))
@@ -152,8 +155,8 @@ def _place_in_words(stacks: ProcessStacks) -> str:
         ),
         None,
     )
-    inside = f"in {collective}, " if collective else "in no collective, "
-    return f"{stopped}{inside}called by {frames[at].function} ({frames[at].file}:{frames[at].line})"
+    inside = f"in {collective}, called by " if collective else "in "
+    return f"{stopped}{inside}{frames[at].function} ({frames[at].file}:{frames[at].line})"
 
 
 def _elsewhere(dump_elsewhere: DumpElsewhere | None, node: str, places: Sequence[ProcessPlace]) -> list[ProcessStacks]:
@@ -177,17 +180,19 @@ def _with_descendants(places: Sequence[ProcessPlace]) -> list[ProcessPlace]:
     pending = list(places)
     for place in pending:
         for pid, parent in parents.items():
-            if parent == place.pid and pid not in known:
-                known[pid] = ProcessPlace(_name_of_child(place, pid), pid, place.node)
+            if parent == place.pid and pid not in known and (name := _name_of_child(place, pid)) is not None:
+                known[pid] = ProcessPlace(name, pid, place.node)
                 pending.append(known[pid])
     return list(known.values())
 
 
-def _name_of_child(parent: ProcessPlace, pid: int) -> str:
-    command = _command(pid)
-    if "dapo_megatron.rewards" in command or parent.name.startswith("reward"):
-        return "reward worker"
-    return f"{parent.name} child"
+def _name_of_child(parent: ProcessPlace, pid: int) -> str | None:
+    """None: it is no part of the run, such as Ray's own processes."""
+    if parent.name == REWARDS or "dapo_megatron.rewards" in _command(pid):
+        return REWARDS
+    if parent.name == CONTROLLER:
+        return None
+    return parent.name if parent.name.endswith(_CHILD) else f"{parent.name}{_CHILD}"
 
 
 def _command(pid: int) -> str:

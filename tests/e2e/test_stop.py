@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -82,4 +83,7 @@ def test_a_rank_that_stands_still_is_found_and_its_stack_kept_before_the_run_end
         "reward_worker",
     }
     assert "train_micro_batches" in "".join(path.read_text() for path in stall.glob("actor_rank_*"))
+    deadline = time.monotonic() + 30
+    while processes_of(run) and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert not processes_of(run), "what stood still is ended too"

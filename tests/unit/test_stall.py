@@ -33,7 +33,7 @@ def test_ranks_are_grouped_by_the_collective_they_are_in_and_the_line_of_ours():
     ]
     assert summarize(found) == (
         "ranks 2, 10: in all_reduce, called by train_micro_batches (dapo_megatron/actor/step.py:210); "
-        "rank 3: stopped (SIGSTOP), in no collective, called by train_micro_batches (dapo_megatron/actor/step.py:210); "
+        "rank 3: stopped (SIGSTOP), in train_micro_batches (dapo_megatron/actor/step.py:210); "
         "rank 4: waits for the controller; "
         "rank 5: no stacks (py-spy: Permission denied), process state S"
     )

@@ -128,7 +128,7 @@ class Head:
         return found
 
     def close(self) -> None:
-        """Part from all; they leave."""
+        """Part from all; they leave. Closing twice is harmless."""
         self._file.unlink(missing_ok=True)
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)

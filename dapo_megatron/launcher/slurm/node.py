@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,41 +78,37 @@ def _lead(config: Config, train: Train, job: Job, folder: Path, address: str, po
     names = [node.name for node in job.nodes]
     others, deadline = range(1, len(names)), config.cluster.startup_deadline_seconds
     head = Head(folder / "meeting.json", address, ports[:1])
-    try:
-        os.environ["RAY_AUTH_TOKEN"] = head.meeting.secret
-        with _ray(config, job, folder, address, ports[2:]) as ray:
-            facts = {0: _facts(job, address)}
-            hellos = head.hellos(others, deadline)
-            here = time.monotonic()
-            facts |= {task: _FACTS.validate_python(hello["facts"]) for task, hello in hellos.items()}
-            missing = tuple(names[task] for task in others if task not in hellos)
-            meet = None
-            if not missing:
-                ray.wait_until_head_listens(deadline)
-                meet = _meet(address, ports[1], facts) if config.slurm.preflight else None
-                head.tell_all({"ray": ray.gcs_address, "all_reduce": meet})
-            if config.slurm.preflight or missing:
-                gathered = Gathered(
-                    nodes=tuple(facts[task] for task in sorted(facts)),
-                    missing=missing,
-                    unseen=tuple(
-                        names[task] for task, hello in hellos.items() if not _is_seen(folder, names[task], hello["canary"])
-                    ),
-                    skew_seconds={names[task]: hello["facts"]["clock"] - hello["heard"] for task, hello in hellos.items()},
-                    all_reduce=_all_reduce(head, meet, names) if meet else None,
-                )
-                preflight(config, gathered, console, exclude_from=folder.parent.parent)
-            checked = time.monotonic()
-            order = in_topology_order({task: facts[task].topology for task in facts})
-            cluster = RayCluster(ray.gcs_address, tuple(_cluster_node(job, facts[task], task) for task in order))
-            console.print(
-                f"{len(names)} nodes in {here - started:.1f} s, preflight {checked - here:.1f} s",
-                highlight=False,
-                soft_wrap=True,
+    os.environ["RAY_AUTH_TOKEN"] = head.meeting.secret
+    # Closed before Ray is ended here: the others must know that their Ray did not fail, but has served.
+    with closing(head), _ray(config, job, folder, address, ports[2:]) as ray, closing(head):
+        facts = {0: _facts(job, address)}
+        hellos = head.hellos(others, deadline)
+        here = time.monotonic()
+        facts |= {task: _FACTS.validate_python(hello["facts"]) for task, hello in hellos.items()}
+        missing = tuple(names[task] for task in others if task not in hellos)
+        meet = None
+        if not missing:
+            ray.wait_until_head_listens(deadline)
+            meet = _meet(address, ports[1], facts) if config.slurm.preflight else None
+            head.tell_all({"ray": ray.gcs_address, "all_reduce": meet})
+        if config.slurm.preflight or missing:
+            gathered = Gathered(
+                nodes=tuple(facts[task] for task in sorted(facts)),
+                missing=missing,
+                unseen=tuple(names[task] for task, hello in hellos.items() if not _is_seen(folder, names[task], hello["canary"])),
+                skew_seconds={names[task]: hello["facts"]["clock"] - hello["heard"] for task, hello in hellos.items()},
+                all_reduce=_all_reduce(head, meet, names) if meet else None,
             )
-            return train(config, check_only=False, cluster=cluster)
-    finally:
-        head.close()
+            preflight(config, gathered, console, exclude_from=folder.parent.parent)
+        checked = time.monotonic()
+        order = in_topology_order({task: facts[task].topology for task in facts})
+        cluster = RayCluster(ray.gcs_address, tuple(_cluster_node(job, facts[task], task) for task in order))
+        console.print(
+            f"{len(names)} nodes in {here - started:.1f} s, preflight {checked - here:.1f} s",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return train(config, check_only=False, cluster=cluster)
 
 
 def _follow(config: Config, job: Job, folder: Path, address: str, ports: Sequence[int]) -> int:
