@@ -76,8 +76,8 @@ def starting_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[P
         with ThreadPoolExecutor(1) as pool:
             yield pool.submit(start)
     finally:
-        for server in servers.values():
-            server.stop()
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(SglangServer.stop, servers.values()))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Whole runs over servers: the quick start on two of its own, one of which is killed."""
+"""Whole runs over servers: the quick start on two of its own, one of which is killed; a run on servers that somebody else started."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from dapo_megatron.examples.max_of_two import split_pairs
 from tests.e2e.runs import REPOSITORY, rows
-from tests.sglang.conftest import needs_sglang
+from tests.sglang.conftest import Pair, needs_sglang
 
 pytestmark = [pytest.mark.sglang, needs_sglang, pytest.mark.timeout(500)]
 
@@ -92,3 +93,45 @@ def test_task_is_learnt_on_two_servers_although_one_is_killed_and_comes_back(tmp
         assert after > before + 0.3
         assert all(row["rollout/num_tokens_used"] + row["rollout/num_tokens_zero_variance"] > 0 for row in steps)
         assert_engine_samples_with_the_actors_weights(run)
+
+
+def test_run_on_servers_of_somebody_else_goes_on_while_one_hangs_and_sends_it_the_trained_weights(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"problem": "{a},{b}>", "answer": "even"}}\n' for a, b in split_pairs()[0]))
+    urls = ",".join(f'"{endpoint.url}"' for endpoint in pair.endpoints)
+    monkeypatch.setenv("ENGINE_KEY", str(pair.endpoints[0].api_key))
+    settings = {
+        "run.prepare": "null",
+        "model.path": str(pair.model),
+        "data.path": str(prompts),
+        "eval.path": "null",
+        "reward.type": "custom",
+        "reward.function": "tests.sglang.test_quickstart:length_is_even",
+        "actor.tensor_parallel_size": "1",
+        "rollout.engine.engine_urls": f"[{urls}]",
+        "rollout.engine.api_key_env": "ENGINE_KEY",
+        "rollout.engine.health_interval_seconds": "1",
+        "rollout.engine.health_deadline_seconds": "3",
+        "train.num_rollout_steps": "1000",
+    }
+    hung = pair.servers["engine 1"].pid
+    with training(tmp_path, *(part for name, value in settings.items() for part in (f"--{name}", value))) as run:
+        try:
+            run.wait_for_rows(2)
+            os.killpg(hung, signal.SIGSTOP)
+            run.wait_for(lambda: "engine 1 gave no sign of health" in run.output)
+            run.wait_for_rows(2)
+            num_steps = len(run.rows)
+        finally:
+            os.killpg(hung, signal.SIGCONT)
+        run.wait_for(lambda: version_on_return(run.output))
+        run.wait_for_rows(2)
+        assert version_on_return(run.output) >= num_steps
+        assert_engine_samples_with_the_actors_weights(run)
+
+
+def length_is_even(response: str, answer: str) -> float:
+    """A reward."""
+    return float(len(response) % 2 == 0)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from dapo_megatron.config.schema import SglangEngineConfig
+from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult, SamplingParams
+from dapo_megatron.rollout.routed_experts import ExpertShape
+from dapo_megatron.rollout.router import Router
 from dapo_megatron.rollout.sglang_server import ServerSpec, SglangServer
 from dapo_megatron.types import EngineEndpoint
 from dapo_megatron.weights.transports.records import PushReport, PushRules, Transport
@@ -26,6 +31,7 @@ from tests.sglang.conftest import (
     SIZES,
     Pair,
     needs_sglang,
+    no_restart,
     other_weights,
     reference_of,
     weight_version_of,
@@ -89,6 +95,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         tensor_parallel_size=FAMILIES[family],
         dtype="fp32",
         max_total_tokens=4096,
+        return_routed_experts=family == "qwen3_moe",
         stream_interval_tokens=4,
     )
     server = SglangServer(ServerSpec(name="engine 0", model_dir=model, config=config, extra={}, device="cpu"), folder / "log")
@@ -125,6 +132,39 @@ def assert_generates_as_transformers(endpoint: EngineEndpoint, model: Path, vers
         assert answer["meta_info"]["weight_version"] == str(version)
 
 
+async def assert_routes_as_transformers(served: Served, model: Path) -> None:
+    """Samples have the experts of each token but the last, those of an aborted and continued one included."""
+    hf_config = json.loads((model / "config.json").read_text())
+    experts = ExpertShape.of(hf_config)
+    assert experts == ExpertShape(hf_config["num_hidden_layers"], 2, 8)
+    router = Router([served.endpoint], SglangEngineConfig(), lambda rows: ["" for _ in rows], restart=no_restart, experts=experts)
+    router.weight_version = served.version
+    params = SamplingParams(max_response_tokens=60)
+    requests = [GenerateRequest(index, tuple(prompt), 2, 0, params) for index, prompt in enumerate(PROMPTS)]
+    try:
+        work = asyncio.ensure_future(_complete(router, requests))
+        await asyncio.sleep(0.2)
+        await router.abort([0, 1])
+        first = await work
+        results = await _complete(router, [replace(item, started=first[item.request_id].samples) for item in requests])
+    finally:
+        await router.close()
+    reference = reference_of(model)
+    for item in requests:
+        for sample in results[item.request_id].samples:
+            tokens = torch.tensor([[*item.prompt_token_ids, *sample.token_ids.tolist()]])
+            with torch.no_grad():
+                logits = torch.stack(reference(tokens, output_router_logits=True).router_logits)  # [layers, tokens, experts]
+            wanted = logits[:, :-1].topk(2).indices.sort(dim=-1).values.transpose(0, 1)
+            assert sample.routed_experts is not None and sample.routed_experts.dtype == np.uint8
+            assert len(sample.token_ids) == 60 and sample.routed_experts.shape == (tokens.shape[1] - 1, experts.num_layers, 2)
+            np.testing.assert_array_equal(np.sort(sample.routed_experts, axis=-1), wanted.numpy())
+
+
+async def _complete(router: Router, requests: list[GenerateRequest]) -> dict[int, GenerateResult]:
+    return {result.request_id: result async for result in router.generate(requests)}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_server_generates_with_the_weights_of_the_ranks(served: Served, layout: str, tmp_path: Path):
     """After every transport the hashes of all tensors agree; the ranks' program wipes the server's tensors before each."""
@@ -135,6 +175,8 @@ def test_server_generates_with_the_weights_of_the_ranks(served: Served, layout: 
     assert {report.num_bytes for report in reports} == {num_bytes} and num_bytes > 2 * BUCKET_BYTES
     assert_generates_as_transformers(served.endpoint, model, served.version)
     assert not list((tmp_path / "versions").iterdir()), "the files of a version go when it has been loaded"
+    if served.family == "qwen3_moe":
+        asyncio.run(assert_routes_as_transformers(served, model))
 
 
 def test_requests_in_flight_go_on_with_the_new_weights(served: Served, tmp_path: Path):
