@@ -7,13 +7,14 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dapo_megatron.launcher.run_folder import RunFolder
-from tests.e2e.runs import REPOSITORY, descendants, rows, training_rows
+from tests.e2e.runs import REPOSITORY, descendants, processes_of, rows, training_rows
 from tests.e2e.test_exact_resume import assert_same_end, started, wait_for
 
 pytestmark = pytest.mark.timeout(300)
@@ -60,3 +61,29 @@ def test_ranks_and_engines_outlive_a_signal_to_all_processes_until_the_checkpoin
     with started(folder, run.name, "--checkpoint.every", "50") as process:
         assert process.wait(timeout=200) == 0, (folder / f"{run.name}.out").read_text()
     assert_same_end(run, whole_run)
+
+
+def test_a_rank_that_stands_still_is_found_and_its_stack_kept_before_the_run_ends(folder: Path):
+    run = folder / "stalled"
+    with started(folder, run.name, "--cluster.phase_deadline_seconds", "12", "--run.max_restarts", "3") as process:
+        wait_for(run, process, 2, "rollout")
+        ranks = processes_of(run, "RankProcess")
+        os.kill(ranks[0], signal.SIGSTOP)
+        code = process.wait(timeout=120)
+    output = (folder / f"{run.name}.out").read_text()
+    assert code == 86, output
+    assert re.search(r"phase \w+ did not end within 12 s \(cluster.phase_deadline_seconds\)", output)
+    (stall,) = (run / "stalls").iterdir()
+    assert "stopped (SIGSTOP)" in (stall / "summary.txt").read_text()
+    assert {path.name.rpartition("_")[0] for path in stall.iterdir()} >= {
+        "controller",
+        "actor_rank_0",
+        "actor_rank_1",
+        "engine_0",
+        "reward_worker",
+    }
+    assert "train_micro_batches" in "".join(path.read_text() for path in stall.glob("actor_rank_*"))
+    deadline = time.monotonic() + 30
+    while processes_of(run) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not processes_of(run), "what stood still is ended too"
