@@ -479,22 +479,21 @@ def probe(
 
     Exit code 1: a rank died and is named. Exit code 2: a layout cannot run here.
     """
-    from rich.console import Console
-
     from dapo_megatron.config.load import load_config
     from dapo_megatron.launcher.probe import ProbeRequest, probe, recorded_lengths
     from dapo_megatron.launcher.probe_jobs import is_probe, rank_runs, submit_probe
     from dapo_megatron.launcher.probe_layouts import expected_lengths, given_layouts, planned_layouts, tokens_per_update
+    from dapo_megatron.layout.report import wide_console
     from dapo_megatron.train import prepare, run
 
     files, overrides = split_arguments(arguments)
     if len(files) == 1 and is_probe(files[0]):
-        raise typer.Exit(rank_runs(files[0], Console(), as_json=as_json))
+        raise typer.Exit(rank_runs(files[0], wide_console(), as_json=as_json))
     config = load_config(files, overrides)
     prepare(config)
     if slurm:
         layouts = given_layouts(layout) if layout else planned_layouts(config, gpu, top)
-        submit_probe(files, overrides, layouts, lambda config: run(config, check_only=True), Console(), dry_run=dry_run)
+        submit_probe(files, overrides, layouts, lambda config: run(config, check_only=True), wide_console(), dry_run=dry_run)
         raise typer.Exit
     lengths = expected_lengths(config) if batch is None else recorded_lengths(batch)
     request = ProbeRequest(
@@ -507,7 +506,7 @@ def probe(
         shrink=shrink,
         as_json=as_json,
     )
-    raise typer.Exit(probe(request, Console()))
+    raise typer.Exit(probe(request, wide_console()))
 
 
 @app.command("job-node", hidden=True)

@@ -25,7 +25,6 @@ from dapo_megatron.layout.hardware import Gpu, gpu_named, known_gpus, read_gpus
 from dapo_megatron.layout.model_shape import ModelShape
 from dapo_megatron.layout.plan import Candidate, Plan, PlanRequest
 from dapo_megatron.layout.report import (
-    NARROWEST,
     best_of_cuts,
     gb,
     nearest_first,
@@ -35,6 +34,7 @@ from dapo_megatron.layout.report import (
     print_settings,
     say,
     train_peak_bytes,
+    wide_console,
 )
 from dapo_megatron.layout.report_yaml import settings_of, yaml_of
 from dapo_megatron.layout.search import plan
@@ -85,9 +85,7 @@ class Planned:
 
 def run(command: PlanCommand) -> int:
     """Returns the exit code: 0 when a layout fits, 1 when none does. Raises ConfigError for input that cannot be planned."""
-    console = Console()
-    if console.width < NARROWEST:
-        console = Console(width=NARROWEST)
+    console = wide_console()
     wanted = None if command.explain is None else parse_sizes(command.explain)
     planned = read_planned(command.files, command.overrides, command.options)
     request = request_of(command, planned)

@@ -212,20 +212,24 @@ def _print(found: Sequence[ProbedLayout], hf_config: dict, shrunk: bool, console
             "micro-batches: the order is that of schedules and communication on this machine (--no-shrink: the model itself)",
         )
     numbers = ("fixed s", "s/micro-batch", "log-probs", "micro-batches", "training s", "planned s", "GB")
-    table = Table("", "layout", *(Column(name, justify="right") for name in numbers), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for place, probed in enumerate(found, 1):
-        measured, layout = probed.measured, probed.layout
-        table.add_row(
-            str(place),
-            layout.name + (" (noisy)" if measured.noisy else ""),
-            f"{measured.fixed_seconds:.3f}",
-            f"{measured.seconds_per_micro_batch:.3f}",
-            f"{measured.log_prob_seconds_per_micro_batch:.3f}",
+    rows = [
+        (
+            f"{probed.measured.fixed_seconds:.3f}",
+            f"{probed.measured.seconds_per_micro_batch:.3f}",
+            f"{probed.measured.log_prob_seconds_per_micro_batch:.3f}",
             str(probed.num_micro_batches),
-            f"{probed.train_seconds:.1f}",
-            f"{layout.planned_seconds:.1f}" if layout.planned_seconds is not None and not shrunk else "",
-            f"{measured.peak_device_bytes / 1e9:.1f}" if measured.peak_device_bytes is not None else "",
+            f"{probed.train_seconds:.3g}",
+            "" if shrunk or probed.layout.planned_seconds is None else f"{probed.layout.planned_seconds:.3g}",
+            "" if probed.measured.peak_device_bytes is None else f"{probed.measured.peak_device_bytes / 1e9:.1f}",
         )
+        for probed in found
+    ]
+    shown = [index for index in range(len(numbers)) if any(row[index] for row in rows)]
+    columns = [Column(numbers[index], justify="right", no_wrap=True, min_width=len(numbers[index])) for index in shown]
+    table = Table("", Column("layout", min_width=30), *columns, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for place, (probed, row) in enumerate(zip(found, rows, strict=True), 1):
+        name = probed.layout.name + (" (noisy)" if probed.measured.noisy else "")
+        table.add_row(str(place), name, *(row[index] for index in shown))
     console.print(table)
     say(
         console,

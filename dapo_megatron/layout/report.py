@@ -92,6 +92,12 @@ def print_rejections(rejections: Sequence[Rejection], console: Console) -> None:
         say(console, f"{describe(rejection.layout)}: {rejection.reason}", style="yellow")
 
 
+def wide_console() -> Console:
+    """Standard output with room for a table of layouts."""
+    console = Console()
+    return console if console.width >= NARROWEST else Console(width=NARROWEST)
+
+
 def say(console: Console, text: str, style: str | None = None, *, indent: int = 0) -> None:
     """A paragraph as it is, wrapped at the console's width."""
     console.print(Padding(Text(text), (0, 0, 0, indent), expand=False), style=style, highlight=False, markup=False)
