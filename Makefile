@@ -11,6 +11,9 @@ EXTRAS := dev,smollm2
 # What the tests and the servers need on top; about 10 GB, so the first quick start goes without.
 SERVER_EXTRAS := $(EXTRAS),sglang
 
+# One worker a core, four at most: some tests hold servers or a scheduler. tests/conftest.py says what stays together.
+WORKERS ?= -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+
 # Several ranks share the cores; more threads each are slower.
 export OMP_NUM_THREADS ?= 1
 
@@ -30,8 +33,8 @@ quickstart: $(VENV)/installed ## install, then train configs/quickstart.yaml to 
 quickstart-sglang: $(VENV)/installed-sglang ## the same task with two SGLang servers: configs/quickstart_sglang.yaml
 	$(BIN)/dapo-megatron train configs/quickstart_sglang.yaml $(ARGS)
 
-test: $(VENV)/installed-sglang ## the whole test-suite
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/installed-sglang ## the whole test-suite, one worker a core
+	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
 
 lint: $(VENV)/installed ## style, types, import contracts
 	$(BIN)/ruff check .
