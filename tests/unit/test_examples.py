@@ -2,7 +2,6 @@
 
 import json
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -132,19 +131,17 @@ def test_smollm2_reward_pays_for_stating_an_integer_and_more_for_the_right_one(r
 
 
 @pytest.mark.smollm2
-@pytest.mark.skipif(find_spec(smollm2.PACKAGE) is None, reason="extra `smollm2` is not installed")
-def test_smollm2_directory_loads_strictly_and_keeps_its_chat_template(tmp_path):
+@pytest.mark.timeout(300)
+def test_smollm2_directory_loads_strictly_and_keeps_its_chat_template(smollm2_dir):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    config = smollm2_config(tmp_path)
-    smollm2.prepare(config)
-    hf_config = read_hf_config(config.model.path)
+    hf_config = read_hf_config(smollm2_dir)
     assert (hf_config["model_type"], hf_config["tie_word_embeddings"], hf_config["dtype"]) == ("llama", True, "float32")
     assert hf_config["rope_parameters"] == {"rope_theta": 100000.0, "rope_type": "default"}
-    model, report = AutoModelForCausalLM.from_pretrained(config.model.path, output_loading_info=True)
+    model, report = AutoModelForCausalLM.from_pretrained(smollm2_dir, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "2+2?"}], add_generation_prompt=True, tokenize=False)
     assert prompt.endswith("<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n")
     assert "llama_cpp" not in sys.modules
