@@ -12,7 +12,7 @@ EXTRAS := dev,smollm2
 SERVER_EXTRAS := $(EXTRAS),sglang
 
 # One worker a core, four at most: some tests hold servers or a scheduler. tests/conftest.py says what stays together.
-WORKERS ?= -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+WORKERS ?= -n logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
 # Several ranks share the cores; more threads each are slower.
 export OMP_NUM_THREADS ?= 1

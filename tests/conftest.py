@@ -2,38 +2,52 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadScopeScheduling
 
 from dapo_megatron.config.schema import Config
 
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")  # how long an example takes says how busy the machine is
 
-SHARED = ("whole_run", "pair", "slurm_cluster", "smollm2_dir")
-"""Fixtures that take long to make: the files that use one run one after the other, in one worker."""
+REPOSITORY = Path(__file__).parents[1]
+SHARED = ("whole_run", "pair: Pair", "slurm: Cluster", "smollm2_dir")
+"""Fixtures that take long to make, as files ask for them: such files run one after the other, in one worker."""
 FIRST = (*SHARED, "tests/sglang/", "tests/slurm/", "tests/e2e/", "tests/distributed/")
 """What takes longest comes first, so that the workers end together."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+class _ByGroup(LoadScopeScheduling):
+    """xdist 3.8's `loadgroup` writes groups into node ids, which pytest 9.2 no longer lets it."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group_of(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return _ByGroup(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One group a file, so that fixtures of a module are made once; one for each of SHARED."""
-    files: dict[str, set[str]] = defaultdict(set)
-    for item in items:
-        files[_file(item)].update(getattr(item, "fixturenames", ()))
-    groups = {file: next((fixture for fixture in SHARED if fixture in fixtures), file) for file, fixtures in files.items()}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(groups[_file(item)]))
-    items.sort(key=lambda item: _rank(groups[_file(item)]))
+    items.sort(key=lambda item: _rank(group_of(item.nodeid)))
 
 
-def _file(item: pytest.Item) -> str:
-    return item.nodeid.split("::")[0]
+def group_of(nodeid: str) -> str:
+    """A file, so that its fixtures are made once, or what its text names of SHARED."""
+    return _group_of_file(nodeid.split("::")[0])
+
+
+@cache
+def _group_of_file(file: str) -> str:
+    text = (REPOSITORY / file).read_text()
+    return next((fixture for fixture in SHARED if fixture in text), file)
 
 
 def _rank(group: str) -> int:
