@@ -98,6 +98,7 @@ class WeightPusher:
                 sent = time.perf_counter()
                 wrong = self._check(fan_out, hashes, pool) if hashes else []
         finally:
+            self._host_buffers = ()  # shared memory has a name, which a rank that Ray kills would leave behind
             if folder:
                 folder.remove()
         if wrong:

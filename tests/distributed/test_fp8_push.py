@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import pickle
 import threading
 from collections.abc import Iterator
@@ -126,6 +127,9 @@ def push(rank: int, init_method: str, config: Any, target: EngineEndpoint) -> An
         return worker.push_weights(1, [target], "127.0.0.1")
     except FingerprintError as error:
         return str(error)
+    finally:
+        left = [name for name in os.listdir("/dev/shm") if name.startswith(f"torch_{os.getpid()}_")]
+        assert left == [], "between two versions no shared memory has a name"
 
 
 def pushed(model: Path, endpoint: Endpoint, num_ranks: int) -> Any:
