@@ -61,7 +61,7 @@ def training(folder: Path, *overrides: str) -> Iterator[Run]:
         try:
             yield Run(folder, process)
         finally:
-            process.send_signal(signal.SIGINT)
+            process.terminate()
 
 
 def version_on_return(output: str) -> int | None:
