@@ -201,7 +201,11 @@ def _train(
                     raise
                 start = starting_checkpoint(config, folder)
                 console.print(
-                    f"{error}\nstarting again from {start or 'the beginning'}; {restarts_left} restarts left", style="yellow"
+                    f"{error}\nstarting again from {start or 'the beginning'}; {restarts_left} restarts left",
+                    style="yellow",
+                    markup=False,
+                    highlight=False,
+                    soft_wrap=True,
                 )
     raise AssertionError("unreachable: the last attempt returns or raises")
 

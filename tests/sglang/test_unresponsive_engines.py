@@ -23,7 +23,7 @@ async def test_stopped_engine_is_taken_out_at_its_deadline(pair: Pair, monkeypat
             results = await complete(router, *(request(index, num_samples=2, max_response_tokens=20) for index in range(4)))
         finally:
             os.killpg(group, signal.SIGCONT)
-        assert all(sample.finish_reason == "length" for result in results for sample in result.samples)
+        assert all(sample.finish_reason != "abort" for result in results for sample in result.samples)
         assert router.num_engines_lost == 1
         assert [endpoint.name for endpoint in router.serving] == ["engine 1"]
 
