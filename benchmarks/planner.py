@@ -14,10 +14,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, median
 
 from benchmarks.layout_rows import FACTS, GIB, Refusal, RowInputs, inputs_of, read_rows, without_duplicates
-from benchmarks.planner_time import gpu_of, print_time
+from benchmarks.planner_time import gpu_of, print_errors, print_time
 from dapo_megatron.layout.memory import reserved_bytes, train_allocated_bytes, with_margin
 
 _FIT = {"SimuMax": "B200", "mbridge": ""}
@@ -121,16 +120,7 @@ def print_memory(rows: list[dict[str, str]]) -> None:
             f"{score.published_bytes / GIB:6.2f} GiB {score.predicted_bytes / GIB:6.2f} GiB {score.error:+8.2%}"
             f"  {'fit' if score.is_fit else 'prediction'}"
         )
-    for name, chosen in (
-        ("all", scores),
-        ("fit", [s for s in scores if s.is_fit]),
-        ("prediction", [s for s in scores if not s.is_fit]),
-    ):
-        errors = [abs(score.error) for score in chosen]
-        if errors:
-            print(
-                f"{name}: {len(errors)} rows, mean |error| {mean(errors):.2%}, median {median(errors):.2%}, worst {max(errors):.2%}"
-            )
+    print_errors([(score.error, score.is_fit) for score in scores])
     fit = score_fit(rows)
     print(
         f"layouts that ran out of memory: {fit.num_out_of_memory}, called fitting: {len(fit.called_fitting)} {fit.called_fitting or ''}"

@@ -7,7 +7,7 @@ ranking: how much slower the layout that the planner likes best is than the best
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean, median
 
@@ -225,6 +225,16 @@ def _variants(row: Mapping[str, str]) -> Iterator[RowInputs]:
         raise Refusal("neither a micro-batch size nor a batch that one divides is published")
 
 
+def print_errors(errors: Sequence[tuple[float, bool]]) -> None:
+    """A line for all of them, for those of fitted rows and for those of predicted ones: (relative error, is_fit)."""
+    for name, kinds in (("all", (True, False)), ("fit", (True,)), ("prediction", (False,))):
+        sizes = [abs(error) for error, is_fit in errors if is_fit in kinds]
+        if sizes:
+            print(
+                f"{name}: {len(sizes)} rows, mean |error| {mean(sizes):.2%}, median {median(sizes):.2%}, worst {max(sizes):.2%}"
+            )
+
+
 def print_time(rows: list[dict[str, str]]) -> None:
     """The tables of all three figures."""
     timed, refused = timed_rows(rows)
@@ -236,16 +246,7 @@ def print_time(rows: list[dict[str, str]]) -> None:
             f"{one.row_id:>5}  {one.model[:34]:34} {str(one.layout)[:28]:28} {one.gpu[:12]:12} {score.published_seconds:8.3f} s "
             f"{score.predicted_seconds:8.3f} s {score.error:+8.1%}  {'fit' if score.is_fit else 'prediction'}"
         )
-    for name, chosen in (
-        ("all", scores),
-        ("fit", [s for s in scores if s.is_fit]),
-        ("prediction", [s for s in scores if not s.is_fit]),
-    ):
-        errors = [abs(score.error) for score in chosen]
-        if errors:
-            print(
-                f"{name}: {len(errors)} rows, median |error| {median(errors):.1%}, mean {mean(errors):.1%}, worst {max(errors):.1%}"
-            )
+    print_errors([(score.error, score.is_fit) for score in scores])
     flops = score_flops(rows)
     if flops:
         errors = [abs(score.error) for score in flops]

@@ -1,7 +1,8 @@
 """SIGUSR1 and SIGTERM tell a run to stop: it saves and ends with exit code 85.
 
-Both signals are blocked in the main thread and all that it starts, processes included; one thread of this process hears them. A scheduler that signals all processes of a job therefore reaches the controller alone: ranks, engines and reward workers live on
-until the checkpoint is complete. SIGINT (Ctrl-C) is untouched: it ends the run at once.
+Both signals are blocked in the main thread and all that it starts, processes included; one thread of this process hears them. A scheduler
+that signals all processes of a job therefore reaches the controller alone: ranks, engines and reward workers live on until the
+checkpoint is complete. SIGINT (Ctrl-C) is untouched: it ends the run at once.
 """
 
 from __future__ import annotations
