@@ -21,8 +21,6 @@ SHARED = ("whole_run", "pair: Pair", "slurm: Cluster", "smollm2_dir")
 """Fixtures that take long to make, as files ask for them: such files run one after the other, in one worker."""
 FIRST = (*SHARED, "tests/sglang/", "tests/slurm/", "tests/e2e/", "tests/distributed/")
 """What takes longest comes first, so that the workers end together."""
-LAST = "tests/sglang/test_unresponsive_engines.py"
-"""Of its group: it kills a server that others use."""
 
 
 class _ByGroup(LoadScopeScheduling):
@@ -38,7 +36,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: (_rank(group_of(item.nodeid)), item.nodeid.startswith(LAST)))
+    items.sort(key=lambda item: _rank(group_of(item.nodeid)))
 
 
 def group_of(nodeid: str) -> str:

@@ -1,7 +1,6 @@
 """Real SGLang servers, shared by all tests: a start costs 40 seconds of CPU.
 
-The pair is started once. Files that need both engines come first by name; `test_unresponsive_engines.py` leaves engine 0 alive, on
-which `test_weight_sync.py` ends.
+The pair is started once; a test that kills one of it or changes its weights leaves that to the next one's fixture to mend.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from dapo_megatron.rollout.router import Router
 from dapo_megatron.rollout.sglang_engine import SglangEngine
 from dapo_megatron.rollout.sglang_server import ServerSpec, SglangServer
 from dapo_megatron.types import EngineEndpoint, EngineError, Sample
+from tests.sglang.weight_sync_ranks import post
 from tests.tiny_models import make_hf_model
 
 needs_sglang = pytest.mark.skipif(find_spec("sglang") is None, reason="pip install 'dapo-megatron[sglang]'")
@@ -47,6 +47,21 @@ class Pair:
     @property
     def endpoints(self) -> list[EngineEndpoint]:
         return [server.endpoint for server in self.servers.values()]
+
+    def restore(self) -> None:
+        """Both alive and with the weights of the model's directory, whatever was done to them."""
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(self._restore, self.servers.values()))
+
+    def _restore(self, server: SglangServer) -> None:
+        try:
+            version = weight_version_of(server.endpoint)
+        except EngineError:
+            server.stop()
+            server.start(280)
+            return
+        if version != 0:
+            post(server.endpoint, "/update_weights_from_disk", model_path=str(self.model), weight_version="0")
 
 
 @pytest.fixture(scope="session")
@@ -80,9 +95,11 @@ def starting_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[P
             list(pool.map(SglangServer.stop, servers.values()))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def pair(starting_pair: Future[Pair]) -> Pair:
-    return starting_pair.result()
+    pair = starting_pair.result()
+    pair.restore()
+    return pair
 
 
 async def no_restart(name: str) -> EngineEndpoint:

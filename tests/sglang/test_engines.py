@@ -33,8 +33,8 @@ async def complete(router: Router, *requests: GenerateRequest) -> list[GenerateR
 
 
 @pytest.fixture(scope="module")
-def reference(pair: Pair) -> transformers.PreTrainedModel:
-    return reference_of(pair.model)
+def reference(starting_pair: Future[Pair]) -> transformers.PreTrainedModel:
+    return reference_of(starting_pair.result().model)
 
 
 def test_server_that_fails_at_start_shows_its_log(starting_pair: Future[Pair], tmp_path: Path):

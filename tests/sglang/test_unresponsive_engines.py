@@ -1,4 +1,4 @@
-"""A real server that hangs, and one that is killed, under requests. Engine 0 is left alive."""
+"""A real server that hangs, and one that is killed, under requests."""
 
 from __future__ import annotations
 

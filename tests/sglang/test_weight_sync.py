@@ -34,7 +34,6 @@ from tests.sglang.conftest import (
     no_restart,
     other_weights,
     reference_of,
-    weight_version_of,
 )
 from tests.sglang.weight_sync_ranks import post
 from tests.tiny_models import make_hf_model
@@ -85,9 +84,9 @@ class Served:
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     family: str = request.param
     if family == "llama":
-        pair: Pair = request.getfixturevalue("pair")
-        engine = pair.servers["engine 0"]
-        yield Served(family, pair.model, engine, version=weight_version_of(engine.endpoint))
+        pair: Pair = request.getfixturevalue("starting_pair").result()
+        pair.restore()
+        yield Served(family, pair.model, pair.servers["engine 0"])
         return
     folder = tmp_path_factory.mktemp(family)
     model = make_hf_model(folder / "model", family, **SIZES | MOE_SIZES if family == "qwen3_moe" else SIZES)
