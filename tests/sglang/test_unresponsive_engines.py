@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
+from dapo_megatron.rollout.sglang_engine import Piece, SglangEngine
 from tests.sglang.conftest import Pair, needs_sglang, routed
 from tests.sglang.test_engines import complete, request
 
@@ -28,16 +30,29 @@ async def test_stopped_engine_is_taken_out_at_its_deadline(pair: Pair, monkeypat
         assert [endpoint.name for endpoint in router.serving] == ["engine 1"]
 
 
-async def test_killed_engine_loses_no_token(pair: Pair):
+async def test_killed_engine_loses_no_token(pair: Pair, monkeypatch: pytest.MonkeyPatch):
+    requests = [request(index, num_samples=4, temperature=0, max_response_tokens=400) for index in range(4)]
     async with routed(pair) as router:
-        requests = [request(index, num_samples=4, temperature=0, max_response_tokens=110) for index in range(4)]
         alone = await complete(router, *requests)
-        work = asyncio.ensure_future(complete(router, *requests))
-        await asyncio.sleep(0.2)
-        os.killpg(pair.servers["engine 1"].pid, signal.SIGKILL)
-        for item, result in zip(alone, await work, strict=True):
+        monkeypatch.setattr(SglangEngine, "stream", killed_at_its_first_token(pair, "engine 1"))
+        for item, result in zip(alone, await complete(router, *requests), strict=True):
             for expected, sample in zip(item.samples, result.samples, strict=True):
                 assert sample.token_ids.tolist() == expected.token_ids.tolist()
                 assert len(sample.log_probs) == len(sample.weight_versions) == len(sample.token_ids)
         assert router.num_engines_lost == 1
         assert [endpoint.name for endpoint in router.serving] == ["engine 0"]
+
+
+def killed_at_its_first_token(pair: Pair, name: str) -> Callable[..., Awaitable[None]]:
+    """`SglangEngine.stream` of a server that is killed when a token of it arrives."""
+    stream, victims = SglangEngine.stream, [pair.servers[name].pid]
+
+    async def killed(engine: SglangEngine, continuations: Any, params: Any, take: Callable[..., None], *rest: Any) -> None:
+        def take_and_kill(index: int, piece: Piece) -> None:
+            if engine.endpoint.name == name and victims:
+                os.killpg(victims.pop(), signal.SIGKILL)
+            take(index, piece)
+
+        await stream(engine, continuations, params, take_and_kill, *rest)
+
+    return killed
