@@ -43,8 +43,8 @@ async def measure(
     take: Callable[[ProblemRecord], None],
     *,
     stall_seconds: float | None = None,
-) -> None:
-    """Calls `take` with the record of each problem (number -> prompt) as soon as it is scored.
+) -> int:
+    """Calls `take` with the record of each problem (number -> prompt) as soon as it is scored; returns how many tokens were redrawn.
 
     What is drawn for a problem depends on its number, the protocol and the weights, not on which others are asked for. Raises
     EngineError when an engine answers with another weight version than it reports, or when for `stall_seconds` no problem is finished.
@@ -60,7 +60,9 @@ async def measure(
     limit = asyncio.timeout(stall_seconds)
     try:
         async with limit:
-            await for_each_group(engines, scorer, problems, protocol.num_samples, protocol.params, protocol.seed, take_group)
+            return await for_each_group(
+                engines, scorer, problems, protocol.num_samples, protocol.params, protocol.seed, take_group
+            )
     except TimeoutError:
         if not limit.expired():
             raise
@@ -75,7 +77,7 @@ async def held_out_metrics(
 ) -> dict[str, float]:
     """Metrics `eval/*` of a training run; what cannot be measured with these samples has no key."""
     records: list[ProblemRecord] = []
-    await measure(
+    num_tokens_redrawn = await measure(
         engines,
         scorer,
         dict(enumerate(prompts)),
@@ -92,5 +94,7 @@ async def held_out_metrics(
         "eval/majority_accuracy": summary.majority.value if summary.majority else None,
         "eval/response_length_tokens": summary.response_length_mean_tokens,
         "eval/truncated_fraction": summary.truncated_fraction,
+        "eval/num_tokens_generated": num_tokens_redrawn + sum(r.num_tokens for record in records for r in record.responses),
+        "eval/num_tokens_redrawn": num_tokens_redrawn,
     }
     return {name: value for name, value in metrics.items() if value is not None}

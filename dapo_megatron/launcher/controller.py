@@ -449,6 +449,7 @@ def rollout_metrics(rollout: RolloutBatch, step: int, rules: TrainBatchRules) ->
         "rollout/num_tokens_stale": stats.num_tokens_stale,
         "rollout/num_tokens_aborted": stats.num_tokens_aborted,
         "rollout/num_tokens_unfinished": stats.num_tokens_unfinished,
+        "rollout/num_tokens_redrawn": stats.num_tokens_redrawn,
         "rollout/num_reward_errors": stats.num_samples_scored_by_default,
         "rollout/staleness_max": max((step - group.oldest_weight_version for group in rollout.groups), default=None),
     }

@@ -57,6 +57,7 @@ _TABLE = (
     Metric(
         "rollout/num_tokens_unfinished", "tokens", "value", "response tokens of unfinished groups that go on in the next step"
     ),
+    Metric("rollout/num_tokens_redrawn", "tokens", "sum", "response tokens thrown away with a lost engine, and drawn again"),
     Metric("rollout/num_reward_errors", "samples", "sum", "verdicts that are defaults: time-out, killed worker, exception"),
     Metric("rollout/staleness_max", "weight versions", "max", "age of the oldest token trained on"),
     Metric("data/epoch", "epochs", "value", "passes over the prompts that are complete"),
@@ -92,6 +93,8 @@ _TABLE = (
     Metric(
         "eval/majority_accuracy", "fraction", "mean", "held-out problems whose most frequent answer is correct: maj@num_samples"
     ),
+    Metric("eval/num_tokens_generated", "tokens", "sum", "response tokens to held-out prompts, redrawn ones too"),
+    Metric("eval/num_tokens_redrawn", "tokens", "sum", "of these, thrown away with a lost engine, and drawn again"),
     Metric("eval/response_length_tokens", "tokens", "mean", "length of responses to held-out prompts"),
     Metric("eval/truncated_fraction", "fraction", "mean", "responses to held-out prompts that reached max_response_tokens"),
     Metric("weights/version", "version", "value", "weights the engines hold after this step; grows by one per rollout step"),

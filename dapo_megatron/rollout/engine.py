@@ -77,6 +77,8 @@ class GenerateResult:
 
     request_id: int
     samples: tuple[Sample, ...]
+    num_tokens_redrawn: int = 0
+    """Tokens that came and are in no sample: they were thrown away when an engine was lost, and drawn again by another."""
 
     @property
     def is_complete(self) -> bool:

@@ -26,15 +26,15 @@ async def generate_groups(
     num_samples_per_prompt: int,
     params: SamplingParams,
     seed: int,
-) -> list[RolloutGroup]:
-    """One group per entry of `prompts` (group id -> prompt), in its order. Errors as of `for_each_group`."""
+) -> tuple[list[RolloutGroup], int]:
+    """One group per entry of `prompts` (group id -> prompt), in its order, and how many tokens were redrawn. Errors as of `for_each_group`."""
     groups: dict[int, RolloutGroup] = {}
 
     def keep(group: RolloutGroup) -> None:
         groups[group.group_id] = group
 
-    await for_each_group(engines, scorer, prompts, num_samples_per_prompt, params, seed, keep)
-    return [groups[group_id] for group_id in prompts]
+    num_tokens_redrawn = await for_each_group(engines, scorer, prompts, num_samples_per_prompt, params, seed, keep)
+    return [groups[group_id] for group_id in prompts], num_tokens_redrawn
 
 
 async def for_each_group(
@@ -45,13 +45,15 @@ async def for_each_group(
     params: SamplingParams,
     seed: int,
     take: Callable[[RolloutGroup], None],
-) -> None:
+) -> int:
     """Calls `take` with one group per entry of `prompts`, each as soon as it is scored; others still generate meanwhile.
 
+    Returns how many tokens were drawn besides and are in no group (`GenerateResult.num_tokens_redrawn`).
     Group i goes to engine i modulo the number of engines. The first error of an engine, of the scorer or of `take` cancels the rest and
     is raised as it is; EngineError when an engine leaves a request out.
     """
     missing = dict.fromkeys(prompts)
+    num_tokens_redrawn = 0
 
     async def score(result: GenerateResult) -> None:
         prompt = prompts[result.request_id]
@@ -60,8 +62,10 @@ async def for_each_group(
         del missing[result.request_id]
 
     async def run(engine: Generator, requests: Sequence[GenerateRequest]) -> None:
+        nonlocal num_tokens_redrawn
         async with aclosing(engine.generate(requests)) as results:
             async for result in results:
+                num_tokens_redrawn += result.num_tokens_redrawn
                 tasks.create_task(score(result))
 
     shares: list[list[GenerateRequest]] = [[] for _ in engines]
@@ -79,6 +83,7 @@ async def for_each_group(
         raise EngineError(
             f"The engines left out {len(missing)} of {len(prompts)} requests, first {next(iter(missing))}; look at their logs."
         )
+    return num_tokens_redrawn
 
 
 def request_seed(seed: int, group_id: int) -> int:

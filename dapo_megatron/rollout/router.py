@@ -172,7 +172,7 @@ class Router:
             texts = await asyncio.to_thread(self._decode, [partial.token_ids for partial in partials])
             self._remember(partials)
             samples = tuple(partial.sample(text) for partial, text in zip(partials, texts, strict=True))
-            return GenerateResult(request.request_id, samples)
+            return GenerateResult(request.request_id, samples, sum(partial.num_tokens_redrawn for partial in partials))
         finally:
             self._land(flight)
 

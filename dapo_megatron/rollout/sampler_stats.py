@@ -14,8 +14,9 @@ class SamplerStats:
 
     groups: generated + surplus kept by the step before = kept (used) + zero variance + out of band + stale + surplus kept;
     tokens: generated + surplus and unfinished kept by the step before
-            = used + zero variance + out of band + stale + aborted + surplus kept + unfinished kept.
+            = used + zero variance + out of band + stale + aborted + redrawn + surplus kept + unfinished kept.
 
+    A token is generated when it has come from its engine; what a lost engine drew and did not send, nobody knows of.
     Means are over all groups *judged* in this step, before the filter; None when the surplus alone filled the step.
     """
 
@@ -51,6 +52,9 @@ class SamplerStats:
     """Of groups that were unfinished when the step was full, thrown away."""
     num_tokens_unfinished: int
     """Of groups that were unfinished when the step was full, kept."""
+    num_tokens_redrawn: int
+    """Thrown away when their engine was lost, and drawn again: of samples that began again under newer weights, and last tokens whose
+    experts it had not told."""
     num_samples_scored_by_default: int
     """Judged samples on which the reward function gave no verdict of its own."""
     accuracy: float | None
@@ -80,6 +84,7 @@ class StepLedger:
     num_tokens_generated: int = 0
     num_tokens_aborted: int = 0
     num_tokens_stale_unfinished: int = 0
+    num_tokens_redrawn: int = 0
 
     @property
     def num_missing(self) -> int:
@@ -112,6 +117,7 @@ class StepLedger:
             num_tokens_stale=_num_tokens(self.stale) + self.num_tokens_stale_unfinished,
             num_tokens_aborted=self.num_tokens_aborted,
             num_tokens_unfinished=sum(unfinished_tokens),
+            num_tokens_redrawn=self.num_tokens_redrawn,
             num_samples_scored_by_default=sum(score.error is not None for score in scores),
             accuracy=_mean([score.correct for score in scores]),
             reward=_mean([score.reward for score in scores]),

@@ -46,7 +46,8 @@ class StreamingSampler(Sampler):
 
     def _book(self, outcome: _Outcome, step: StepLedger) -> None:
         sent, came_back = outcome.sent, outcome.came_back
-        step.num_tokens_generated += came_back.num_tokens - sent.num_tokens
+        step.num_tokens_generated += came_back.num_tokens - sent.num_tokens + outcome.num_tokens_redrawn
+        step.num_tokens_redrawn += outcome.num_tokens_redrawn
         if outcome.scored is not None:
             accepted_before = len(step.accepted)
             self._judge(outcome.scored, step)
@@ -76,6 +77,8 @@ class _Outcome:
     sent: UnfinishedGroup
     came_back: UnfinishedGroup
     scored: RolloutGroup | None
+    num_tokens_redrawn: int
+    """As of `GenerateResult`."""
 
 
 class _Stream:
@@ -113,14 +116,15 @@ class _Stream:
             await asyncio.gather(*(engine.abort(frozenset(self._groups_of[i])) for i, engine in places if self._groups_of[i]))
 
     async def _run(self, group: UnfinishedGroup, engine: Generator) -> None:
-        came_back, scored = group, None
+        came_back, scored, num_tokens_redrawn = group, None, 0
         if not self._stopped:  # else it was submitted in the moment of the stop, and abort() would not know it
             result = await self._answer(group, engine)
             came_back = UnfinishedGroup(group.group_id, group.prompt, result.samples)
+            num_tokens_redrawn = result.num_tokens_redrawn
             if result.is_complete:
                 scores = await self._scorer.score([sample.text for sample in result.samples], group.prompt.answer)
                 scored = RolloutGroup(group.group_id, group.prompt, result.samples, scores)
-        self._outcomes.put_nowait(_Outcome(group, came_back, scored))
+        self._outcomes.put_nowait(_Outcome(group, came_back, scored, num_tokens_redrawn))
 
     async def _answer(self, group: UnfinishedGroup, engine: Generator) -> GenerateResult:
         answers = [result async for result in engine.generate([self._request_of(group)])]

@@ -20,14 +20,18 @@ class WaveSampler(Sampler):
             step.num_tokens_aborted += unfinished.num_tokens
         self._unfinished.clear()
         while step.num_missing and len(step.judged) < step.limit:
-            wave = await self._generate(min(self._num_needed(step.num_missing), step.limit - len(step.judged)))
+            wave, num_tokens_redrawn = await self._generate(
+                min(self._num_needed(step.num_missing), step.limit - len(step.judged))
+            )
             accepted_before = len(step.accepted)
             for group in wave:
                 self._judge(group, step)
                 step.num_tokens_generated += group.num_tokens
+            step.num_tokens_generated += num_tokens_redrawn
+            step.num_tokens_redrawn += num_tokens_redrawn
             self._remember(len(step.accepted) - accepted_before, len(wave), step.num_wanted)
 
-    async def _generate(self, num_prompts: int) -> list[RolloutGroup]:
+    async def _generate(self, num_prompts: int) -> tuple[list[RolloutGroup], int]:
         groups = [self._new_group() for _ in range(num_prompts)]
         prompts = {group.group_id: group.prompt for group in groups}
         rules = self._rules

@@ -72,4 +72,6 @@ async def test_every_evaluation_of_the_same_weights_gives_the_same_numbers(engin
         "eval/majority_accuracy",
         "eval/response_length_tokens",
         "eval/truncated_fraction",
+        "eval/num_tokens_generated",
+        "eval/num_tokens_redrawn",
     }

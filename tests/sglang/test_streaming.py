@@ -94,7 +94,8 @@ async def test_every_token_is_accounted_for_and_names_its_weights_while_they_cha
             assert len(batch.groups) == stats.num_groups_kept == NUM_GROUPS
             dropped = stats.num_tokens_zero_variance + stats.num_tokens_out_of_band + stats.num_tokens_stale
             kept = stats.num_tokens_surplus_kept + stats.num_tokens_unfinished
-            assert stats.num_tokens_generated + held_over == stats.num_tokens_used + dropped + stats.num_tokens_aborted + kept
+            dropped += stats.num_tokens_aborted + stats.num_tokens_redrawn
+            assert stats.num_tokens_generated + held_over == stats.num_tokens_used + dropped + kept
             held_over = kept
             for group in batch.groups:
                 assert group.oldest_weight_version >= version - rules.max_staleness

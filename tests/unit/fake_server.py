@@ -31,6 +31,8 @@ class FakeServer:
         self.memory_calls: list[str] = []
         self.may_generate = asyncio.Event()
         self.may_generate.set()
+        self.pauses_after: int | None = None
+        """Tokens of a sample after which no more come, until it dies."""
         self.hangs = asyncio.Event()
         self.status = 200
         self.dies_of_requests = False
@@ -112,6 +114,8 @@ class FakeServer:
             start = len(token_ids)
             for count in range(1, limit + 1):
                 await asyncio.sleep(self.seconds_per_token)
+                if self.pauses_after is not None and count > self.pauses_after:
+                    self.may_generate.clear()
                 await self.may_generate.wait()
                 end = "abort" if rid in self.aborted else "length" if count == limit else None
                 meta = {

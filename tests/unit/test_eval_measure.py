@@ -79,4 +79,6 @@ async def test_metrics_of_a_run_leave_out_what_one_sample_cannot_show():
         "eval/majority_accuracy": 1.0,
         "eval/response_length_tokens": 1.0,
         "eval/truncated_fraction": 0.0,
+        "eval/num_tokens_generated": 1,
+        "eval/num_tokens_redrawn": 0,
     }
