@@ -36,6 +36,7 @@ from dapo_megatron.launcher.checkpoint_saver import STATE_FILE, CheckpointSaver
 from dapo_megatron.launcher.identity import RunIdentity
 from dapo_megatron.launcher.log_prob_alarm import LogProbAlarm
 from dapo_megatron.launcher.phase_clock import Deadlines, Diagnose, PhaseClock
+from dapo_megatron.launcher.phase_history import PhaseHistory, settings_of
 from dapo_megatron.launcher.recorded_batch import record
 from dapo_megatron.launcher.rollouts import Rollouts
 from dapo_megatron.launcher.run_folder import (
@@ -175,7 +176,8 @@ class Controller:
         self._rules = train_batch_rules(config)
         self._alarm = LogProbAlarm(config)
         self._saver = CheckpointSaver(actor, folder, config.checkpoint)
-        self._clock = PhaseClock(Deadlines(config.cluster), self._note_phase, diagnose)
+        history = PhaseHistory(folder.phase_times_file, settings_of(config))
+        self._clock = PhaseClock(Deadlines(config.cluster, history), self._note_phase, diagnose)
         self._recent_accuracy = deque(state.recent_accuracy if state else (), maxlen=STOP_WINDOW)
         self._rollouts = Rollouts(self._collect, settled=state.rollout if state else None)
         self._version_sent: int | None = None
@@ -288,11 +290,11 @@ class Controller:
     async def _save_for_restart(self) -> None:
         """A checkpoint of all that was done, if the newest one is not that already."""
         settled = await self._clock.run("rollout", self._rollouts.settle())
-        await self._clock.run("save", self._saver.collect(wait=True))
+        await self._in_save_phase(self._saver.collect(wait=True))
         await self._saver.seal(self._amended(settled))
         if self._is_unsaved():
             await self._leave_devices_to_actor()
-            await self._clock.run("save", self._collect_and_start(self._num_steps_done, True, True, settled))
+            await self._in_save_phase(self._collect_and_start(self._num_steps_done, True, True, settled))
 
     def _amended(self, settled: RolloutBatch | None) -> dict[int, bytes]:
         """For a save that was begun before its step's evaluation, which then was dropped."""
@@ -329,7 +331,14 @@ class Controller:
         """Look after the save in flight, and begin one when it is time; the last one is waited for."""
         due = _is_due(self._config.checkpoint.every, num_steps, done)
         settled = await self._clock.run("rollout", self._rollouts.settle()) if due else None
-        return await self._clock.run("save", self._collect_and_start(num_steps, due, done, settled))
+        return await self._in_save_phase(self._collect_and_start(num_steps, due, done, settled))
+
+    async def _in_save_phase(self, work: Awaitable[dict[str, float]]) -> dict[str, float]:
+        """Its deadline is learnt from whole checkpoints: most of these phases only look whether one is written."""
+        row = await self._clock.run("save", work, learns=False)
+        if "checkpoint/write_seconds" in row:
+            self._clock.learn("save", row["checkpoint/write_seconds"])
+        return row
 
     async def _collect_and_start(self, num_steps: int, due: bool, done: bool, settled: RolloutBatch | None) -> dict[str, float]:
         row = await self._saver.collect(wait=due)

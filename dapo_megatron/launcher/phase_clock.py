@@ -12,45 +12,40 @@ from dataclasses import dataclass, field
 
 from dapo_megatron.config.schema import ClusterConfig
 from dapo_megatron.exit_codes import ExitCode
+from dapo_megatron.launcher.phase_history import PhaseHistory
 from dapo_megatron.types import StalledError
 
 FLOOR_SECONDS = 600.0
 """No learnt deadline is shorter."""
 FACTOR = 10.0
 """A learnt deadline is so many times the longest the phase has taken so far."""
-NUM_TO_LEARN = 3
-"""So often a phase must have ended before its history counts."""
 _CLEANUP_SECONDS = 5.0
 _LAST_RESORT_SECONDS = 120.0
 """After a deadline: how long an event loop that does not act on it keeps the process alive."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Deadlines:
     """How long each phase may take: as configured or else learnt from how long it took before."""
 
     config: ClusterConfig
-    _longest: dict[str, float] = field(default_factory=dict)
-    _counts: dict[str, int] = field(default_factory=dict)
+    history: PhaseHistory = field(default_factory=PhaseHistory)
 
     def of(self, phase: str) -> float:
         """In seconds."""
-        if self.config.phase_deadline_seconds is not None or self._counts.get(phase, 0) < NUM_TO_LEARN:
+        times = self.history.of(phase)
+        if self.config.phase_deadline_seconds is not None or times is None:
             return self.config.unlearnt_deadline_seconds
-        return max(FLOOR_SECONDS, FACTOR * self._longest[phase])
-
-    def learn(self, phase: str, seconds: float) -> None:
-        """A phase has ended after so many seconds."""
-        self._counts[phase] = self._counts.get(phase, 0) + 1
-        self._longest[phase] = max(seconds, self._longest.get(phase, 0.0))
+        return max(FLOOR_SECONDS, FACTOR * times.longest_seconds)
 
     def in_words(self, phase: str) -> str:
         """Where the deadline of a phase comes from."""
         if self.config.phase_deadline_seconds is not None:
             return "cluster.phase_deadline_seconds"
-        if self._counts.get(phase, 0) < NUM_TO_LEARN:
+        times = self.history.of(phase)
+        if times is None:
             return "the deadline without a history; cluster.phase_deadline_seconds sets one"
-        return f"learnt: {FACTOR:g} times the longest so far, {self._longest[phase]:.1f} s; cluster.phase_deadline_seconds sets another"
+        return f"learnt: {FACTOR:g} times the longest so far, {times.longest_seconds:.1f} s; cluster.phase_deadline_seconds sets another"
 
 
 Diagnose = Callable[[str], str]
@@ -76,8 +71,11 @@ class PhaseClock:
         self._seconds: dict[str, float] = {}
         self._step_start = time.perf_counter()
 
-    async def run[T](self, phase: str, work: Awaitable[T]) -> T:
-        """Await one phase. StalledError, with the diagnosis, when it is not over at its deadline."""
+    async def run[T](self, phase: str, work: Awaitable[T], *, learns: bool = True) -> T:
+        """Await one phase. StalledError, with the diagnosis, when it is not over at its deadline.
+
+        `learns` False: its time says nothing about the next one's.
+        """
         start, deadline = time.perf_counter(), self._deadlines.of(phase)
         self._on_phase(phase)
         self._running = (phase, time.monotonic() + deadline)
@@ -88,7 +86,8 @@ class PhaseClock:
                 summary = await asyncio.to_thread(self._diagnose, self._words(phase))
                 raise StalledError(f"{self._words(phase)}. {summary}".rstrip())
             result = task.result()
-            self._deadlines.learn(phase, time.perf_counter() - start)
+            if learns:
+                self.learn(phase, time.perf_counter() - start)
             return result
         finally:
             self._running = None
@@ -96,6 +95,14 @@ class PhaseClock:
             if not task.done():
                 task.cancel()
                 await asyncio.wait({task}, timeout=_CLEANUP_SECONDS)
+
+    def deadline(self, phase: str) -> float:
+        """Of the next phase of that name, in seconds."""
+        return self._deadlines.of(phase)
+
+    def learn(self, phase: str, seconds: float) -> None:
+        """So long a phase has taken."""
+        self._deadlines.history.add(phase, seconds)
 
     def seconds(self) -> dict[str, float]:
         """Phase -> seconds of this step, and `step` for all of it."""

@@ -3,6 +3,7 @@
     RUN/config.json                   resolved config, versions, commit
     RUN/metrics.jsonl                 one object per rollout step
     RUN/phase.json                    what the run is doing: rollout step, phase, since when
+    RUN/phase_times.json              how long phases took: deadlines are learnt from it (phase_history.py)
     RUN/logs/                         output of every rank and engine
     RUN/checkpoints/step_000050/      complete: it carries the marker COMPLETE, written last
     RUN/checkpoints/step_000050.tmp/  being written, or left by a crash
@@ -67,6 +68,7 @@ class RunFolder:
         self.metrics_file = path / "metrics.jsonl"
         self.config_file = path / "config.json"
         self.phase_file = path / "phase.json"
+        self.phase_times_file = path / "phase_times.json"
         self.logs = path / "logs"
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"

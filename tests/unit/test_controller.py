@@ -240,6 +240,24 @@ async def test_older_checkpoints_that_cannot_be_removed_do_not_unsave_the_newest
     assert "could not be removed" in caplog.text and "Permission denied" in caplog.text and "NOT SAVED" not in caplog.text
 
 
+async def test_a_run_that_goes_on_knows_how_long_its_phases_took(tmp_path: Path):
+    settings = {"right": {"0"}, "num_rollout_steps": 8}
+    controller, _, _, _, folder = make(tmp_path, **settings)
+    assert controller._clock.deadline("train") == 3600
+    await controller.run()
+    newest = folder.newest_checkpoint()
+    assert newest is not None
+    controller, *_ = make(tmp_path, **settings, state=read_state(newest))
+    assert controller._clock.deadline("train") == controller._clock.deadline("save") == 600
+
+
+async def test_looking_whether_a_save_is_written_says_nothing_about_how_long_a_save_takes(tmp_path: Path):
+    controller, _, _, rows, _ = make(tmp_path, right={"0"}, num_rollout_steps=4)
+    await controller.run()
+    assert sum("time/save_seconds" in row for row in rows) == 4 and sum("checkpoint/write_seconds" in row for row in rows) == 1
+    assert controller._clock.deadline("train") == 600 and controller._clock.deadline("save") == 3600
+
+
 async def test_the_phase_file_names_the_phase_under_way(tmp_path: Path):
     controller, actor, _, _, folder = make(tmp_path, right={"0"}, num_rollout_steps=1)
     seen = []

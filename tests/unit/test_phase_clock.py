@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
-from dapo_megatron.config.schema import ClusterConfig
+from dapo_megatron.config.schema import ClusterConfig, Config
 from dapo_megatron.launcher.phase_clock import Deadlines, PhaseClock
+from dapo_megatron.launcher.phase_history import NUM_TO_LEARN, PhaseHistory, PhaseTimes, settings_of
 from dapo_megatron.types import StalledError
 
 
@@ -64,10 +66,50 @@ def test_a_deadline_is_learnt_from_the_longest_of_its_own_phase_and_never_short(
     learnt = deadlines(None)
     assert learnt.of("train") == 3600 and "without a history" in learnt.in_words("train")
     for seconds in (100.0, 300.0, 200.0):
-        learnt.learn("train", seconds)
-    learnt.learn("save", 1.0)
+        learnt.history.add("train", seconds)
+    learnt.history.add("save", 1.0)
     assert (learnt.of("train"), learnt.of("save")) == (3000, 3600)
+    assert learnt.in_words("train").startswith("learnt: 10 times the longest so far, 300.0 s")
     for _ in range(2):
-        learnt.learn("save", 1.0)
+        learnt.history.add("save", 1.0)
     assert learnt.of("save") == 600
     assert deadlines(7).of("train") == 7
+
+
+def test_what_one_attempt_learns_the_next_one_knows(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    file = tmp_path / "times.json"
+    first = PhaseHistory(file, "settings")
+    for seconds in (100.0, 300.0):
+        first.add("train", seconds)
+    second = PhaseHistory(file, "settings")
+    assert second.of("train") is None
+    second.add("train", 200.0)
+    assert PhaseHistory(file, "settings").of("train") == PhaseTimes(3, 300.0)
+    assert PhaseHistory(file, "other settings").of("train") is None
+    file.write_bytes(file.read_bytes()[:-5])
+    assert PhaseHistory(file, "settings").of("train") is None and f"{file} is damaged" in caplog.text
+
+
+def test_times_of_other_sizes_are_not_used_and_those_of_another_attempt_are():
+    def settings(**changes: object) -> str:
+        return settings_of(Config.model_validate({"model": {"path": "m"}, "data": {"path": "d"}, **changes}))
+
+    assert settings() == settings(cluster={"ray_address": "10.0.0.1:6379"}) == settings(run={"dir": "elsewhere"})
+    assert settings() != settings(actor={"num_ranks": 2}) != settings(slurm={"nodes": 2})
+
+
+def test_a_history_that_cannot_be_written_costs_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    history = PhaseHistory(tmp_path / "absent" / "times.json")
+    for _ in range(NUM_TO_LEARN):
+        history.add("train", 1.0)
+    assert history.of("train") == PhaseTimes(3, 1.0) and "cannot be written" in caplog.text
+
+
+async def test_a_phase_that_says_nothing_about_the_next_is_not_learnt_from():
+    clock = PhaseClock(learnt := deadlines(None))
+    for _ in range(NUM_TO_LEARN):
+        await clock.run("save", asyncio.sleep(0), learns=False)
+    assert learnt.history.of("save") is None
+    for seconds in (40.0, 90.0, 70.0):
+        clock.learn("save", seconds)
+    assert learnt.of("save") == 900
