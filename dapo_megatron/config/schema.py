@@ -393,6 +393,8 @@ class ClusterConfig(Section):
     """Address of a running Ray cluster. None: a local Ray for this run."""
     placement: Literal["colocated", "split"] = "colocated"
     """colocated: engines share the actor's devices and take turns. split: their own."""
+    tensor_parallel_across_nodes: bool = False
+    """Let a tensor-parallel group span nodes, for nodes that NVLink joins (GB200 NVL72): over a network every layer would wait for it."""
     gpu: str | None = None
     """Kind of GPU the run gets, as `dapo-megatron plan --gpu` names it (h100-80): what will not fit on it is said before anything
     starts. None: not checked."""

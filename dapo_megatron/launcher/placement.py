@@ -1,7 +1,8 @@
 """Which node an actor rank or an engine goes to. Pure arithmetic; Ray carries it out.
 
 Ranks are numbered by megatron-core with the tensor-parallel rank varying fastest, so a tensor-parallel group is a run of neighbouring
-ranks: it is put on one node. Nodes are taken in their given order (Slurm's switches), so neighbours in the numbering are near each other.
+ranks: it is put on one node, or refused. Nodes are taken in their given order (Slurm's switches), so neighbours in the numbering are
+near each other.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dapo_megatron.types import EngineError
+from dapo_megatron.types import ConfigError, EngineError
 
 Role = Literal["any", "actor", "engine"]
 
@@ -34,6 +35,8 @@ class Wanted:
     num_engines: int
     engine_size: int
     """GPUs of an engine; they are on one node."""
+    may_span: bool = False
+    """Whether a tensor-parallel group may span nodes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +45,26 @@ class Placement:
 
     ranks: tuple[int, ...]
     engines: tuple[int, ...]
-    spanning: int | None = None
-    """The first tensor-parallel group that had to span nodes, where no node has room for one."""
+
+
+def spanning_problem(tensor_parallel_size: int, room: str) -> str:
+    """Why no tensor-parallel group may span nodes, and what to do; `room` says what the nodes have."""
+    return (
+        f"actor.tensor_parallel_size ({tensor_parallel_size}) must leave every tensor-parallel group on one node, else each layer waits for "
+        f"the network: {room}; use a smaller size with more actor.pipeline_parallel_size, or, where NVLink joins nodes, set "
+        "cluster.tensor_parallel_across_nodes to true."
+    )
 
 
 def place(nodes: Sequence[ClusterNode], wanted: Wanted, *, on_gpus: bool) -> Placement:
-    """EngineError when the nodes do not have the room.
+    """EngineError when the nodes do not have the room, ConfigError when a tensor-parallel group would span GPU nodes and may not.
 
     GPUs are filled node by node. CPUs are only as many as a node says it has, so ranks are spread evenly over the nodes.
     """
     free = [node.num_slots for node in nodes]
     for_actor = [at for at, node in enumerate(nodes) if node.role != "engine"]
     for_engines = [at for at, node in enumerate(nodes) if node.role != "actor"]
-    size, spanning = wanted.tensor_parallel_size, None
+    size = wanted.tensor_parallel_size
     num_groups = -(-wanted.num_ranks // size)
     if not on_gpus and for_actor:
         most = -(-num_groups // len(for_actor)) * size
@@ -71,8 +81,8 @@ def place(nodes: Sequence[ClusterNode], wanted: Wanted, *, on_gpus: bool) -> Pla
             raise EngineError(
                 f"{wanted.num_ranks} actor ranks do not fit: {_room(nodes, for_actor)}; use fewer ranks, or more nodes."
             )
-        if spanning is None and len(set(rest)) > 1:
-            spanning = group
+        if on_gpus and not wanted.may_span:
+            raise ConfigError(spanning_problem(size, f"{_room(nodes, for_actor)}, and none has {size} left for group {group}"))
         for at in rest:
             free[at] -= 1
         ranks += rest
@@ -89,7 +99,7 @@ def place(nodes: Sequence[ClusterNode], wanted: Wanted, *, on_gpus: bool) -> Pla
         at = fitting[0] if on_gpus else max(fitting, key=lambda at: free[at])
         free[at] -= wanted.engine_size
         engines.append(at)
-    return Placement(tuple(ranks[: wanted.num_ranks]), tuple(engines), spanning)
+    return Placement(tuple(ranks[: wanted.num_ranks]), tuple(engines))
 
 
 def _room(nodes: Sequence[ClusterNode], places: Sequence[int]) -> str:

@@ -53,8 +53,6 @@ GRACE_SECONDS = 5.0
 BUCKETS_IN_FLIGHT = 2
 """Weight buckets that may exist at the same time."""
 
-logger = logging.getLogger(__name__)
-
 
 class RankProcess:
     """One actor rank, in a process of its own."""
@@ -658,14 +656,13 @@ def _addresses(
     )
     nodes = [replace(node, num_slots=int(alive[node.address].get("GPU" if gpu else "CPU", 0))) for node in known]
     sizes = Wanted(
-        num_ranks=ranks, tensor_parallel_size=config.actor.tensor_parallel_size, num_engines=engines, engine_size=engine_size
+        num_ranks=ranks,
+        tensor_parallel_size=config.actor.tensor_parallel_size,
+        num_engines=engines,
+        engine_size=engine_size,
+        may_span=config.cluster.tensor_parallel_across_nodes,
     )
     placement = place(nodes, sizes, on_gpus=gpu)
-    if placement.spanning is not None and gpu:
-        logger.warning(
-            f"tensor-parallel group {placement.spanning} spans nodes: actor.tensor_parallel_size ({config.actor.tensor_parallel_size}) is "
-            f"more than the GPUs of a node ({max(node.num_slots for node in nodes)}); every layer then waits for the network"
-        )
     return [nodes[at].address for at in (*placement.ranks, *placement.engines)]
 
 

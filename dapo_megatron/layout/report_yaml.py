@@ -23,6 +23,7 @@ def settings_of(layout: Layout, request: PlanRequest) -> dict[str, Any]:
         tree["cluster"]["placement"] = "colocated" if layout.engine.colocated else "split"
     tree["cluster"]["gpu"] = next((name for name, gpu in known_gpus().items() if gpu == request.gpu), None)
     per_node = min(request.gpus_per_node, request.num_gpus)
+    tree["cluster"]["tensor_parallel_across_nodes"] = layout.tensor_parallel_size > per_node  # within one NVLink domain
     tree["slurm"] = {"nodes": request.num_gpus // per_node, "gpus_per_node": per_node}
     return tree
 

@@ -122,6 +122,14 @@ def config_of(*overrides: str) -> Config:
             "rollout.engine.tensor_parallel_size (16) must be at most the GPUs of a node (8)",
         ),
         (
+            ("--actor.num_ranks=16", "--nodes=2", "--actor.tensor_parallel_size=16"),
+            "must leave every tensor-parallel group on one node, else each layer waits for the network: slurm.gpus_per_node is 8; use",
+        ),
+        (
+            ("--actor.num_ranks=12", "--nodes=2", "--gpus-per-node=6", "--actor.tensor_parallel_size=4"),
+            "of the 6 GPUs of a node 2 would be left, and 12 ranks need them",
+        ),
+        (
             ("--gpus-per-node=0", "--nodes=3", "--actor.num_ranks=2"),
             "slurm.nodes (3) is more than 2 actor ranks can be spread over",
         ),
@@ -138,6 +146,11 @@ def test_devices_that_do_not_fit_the_run_are_an_error(overrides: tuple[str, ...]
         ("--actor.num_ranks=3",),
         ("--actor.num_ranks=2", "--nodes=2", "--gpus-per-node=0"),
         ("--actor.num_ranks=4", "--cluster.placement=split", "--rollout.num_engines=4"),
+        ("--actor.num_ranks=8", "--nodes=2", "--gpus-per-node=6", "--actor.tensor_parallel_size=4"),
+        (
+            *("--actor.num_ranks=16", "--nodes=4", "--gpus-per-node=4", "--actor.tensor_parallel_size=16"),
+            "--cluster.tensor_parallel_across_nodes=true",
+        ),
     ],
 )
 def test_devices_that_fit_are_none(overrides: tuple[str, ...]):

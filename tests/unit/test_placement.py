@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from dapo_megatron.launcher.placement import ClusterNode, Role, Wanted, place
-from dapo_megatron.types import EngineError
+from dapo_megatron.types import ConfigError, EngineError
 
 
 def nodes(*slots: int, roles: tuple[Role, ...] = ()) -> list[ClusterNode]:
@@ -24,13 +26,31 @@ def test_gpus_are_filled_node_by_node():
 
 
 def test_a_tensor_parallel_group_skips_a_gap_that_is_too_small_for_it():
-    placement = place(nodes(6, 4, 4), wanted(12, tp=4), on_gpus=True)
-    assert placement.ranks == (0,) * 4 + (1,) * 4 + (2,) * 4 and placement.spanning is None
+    assert place(nodes(6, 4, 4), wanted(12, tp=4), on_gpus=True).ranks == (0,) * 4 + (1,) * 4 + (2,) * 4
 
 
-def test_a_group_larger_than_any_node_spans_nodes_and_is_reported():
-    placement = place(nodes(4, 4), wanted(8, tp=8), on_gpus=True)
-    assert placement.ranks == (0,) * 4 + (1,) * 4 and placement.spanning == 0
+@pytest.mark.parametrize(
+    ("slots", "request_", "words"),
+    [
+        (
+            (4, 4),
+            wanted(8, tp=8),
+            r"tensor_parallel_size \(8\) must .*: n0 has 4, n1 has 4, and none has 8 left for group 0; use",
+        ),
+        (
+            (6, 6),
+            wanted(12, tp=4),
+            r"tensor_parallel_size \(4\) must .*: n0 has 6, n1 has 6, and none has 4 left for group 2; use",
+        ),
+    ],
+)
+def test_a_tensor_parallel_group_that_would_span_nodes_is_refused_unless_that_is_wanted(
+    slots: tuple[int, ...], request_: Wanted, words: str
+):
+    with pytest.raises(ConfigError, match=words + ".*set cluster.tensor_parallel_across_nodes"):
+        place(nodes(*slots), request_, on_gpus=True)
+    ranks = place(nodes(*slots), replace(request_, may_span=True), on_gpus=True).ranks
+    assert sorted(ranks) == [0] * slots[0] + [1] * slots[1]
 
 
 def test_ranks_on_cpus_are_spread_evenly():

@@ -11,6 +11,7 @@ from dapo_megatron.config.checks import read_hf_config
 from dapo_megatron.config.fields import did_you_mean, either, nearest
 from dapo_megatron.config.schema import Config, SglangEngineConfig
 from dapo_megatron.config.slurm_text import seconds_of
+from dapo_megatron.launcher.placement import spanning_problem
 from dapo_megatron.launcher.run_folder import RunFolder, read_marker
 from dapo_megatron.launcher.slurm.scheduler import Partition
 from dapo_megatron.launcher.slurm.script import NodeGroup, node_groups
@@ -47,6 +48,8 @@ def device_problems(config: Config) -> Iterator[str]:
     else:
         what = f"{num_ranks} actor ranks" if num_ranks >= for_engines else f"the engines' {for_engines} ranks"
         yield from _group_problems(actor, "slurm.nodes", what, max(num_ranks, for_engines))
+    if not config.cluster.tensor_parallel_across_nodes:
+        yield from _tensor_parallel_problems(actor, config.actor.tensor_parallel_size, num_ranks)
     gpus = (rollout or [actor])[0].gpus_per_node
     if for_engines and gpus and engine_size > gpus:
         yield (
@@ -66,6 +69,18 @@ def _group_problems(group: NodeGroup, name: str, what: str, num_needed: int) -> 
         yield f"{what} need {num_needed} GPUs, but {have}; use {name} {wanted}, or other sizes."
     elif group.nodes > max(wanted, 1):
         yield f"{what} need {num_needed} GPUs and would leave whole nodes idle: {have}; use {name} {max(wanted, 1)}."
+
+
+def _tensor_parallel_problems(group: NodeGroup, size: int, num_ranks: int) -> Iterator[str]:
+    """A group of ranks is a node's own; what of a node is less than a group stays empty."""
+    gpus = group.gpus_per_node
+    if not gpus:
+        return
+    num_usable = group.nodes * (gpus - gpus % size)
+    if size > gpus:
+        yield spanning_problem(size, f"slurm.gpus_per_node is {gpus}")
+    elif num_usable < num_ranks <= group.nodes * gpus:
+        yield spanning_problem(size, f"of the {gpus} GPUs of a node {gpus % size} would be left, and {num_ranks} ranks need them")
 
 
 def partition_problems(config: Config, partitions: Mapping[str, Partition]) -> Iterator[str]:
