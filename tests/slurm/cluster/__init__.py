@@ -10,6 +10,7 @@ machine is taken; sbatch and squeue work from here. Clusters of several processe
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,9 +24,14 @@ from string import Template
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[2]
+NAMESPACES = Path("/run/netns")
 ROOT = Path("/var/tmp")
 """Folder of the clusters: on a disk, seen by all nodes."""
 PREFIX = "slurm-test-"
+TAG = "slt"
+"""Names of namespaces and links begin with it and the process that they belong to, in hexadecimal."""
+OWNER = "owner"
+"""File in the folder of a cluster: when that process began, so that another one of its number is not taken for it."""
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "ip", "nsenter", "unshare", "setpriv")
 NUM_NODES = 4
 START_SECONDS = 30
@@ -194,11 +200,12 @@ class Cluster:
 @contextmanager
 def cluster(*, kill_wait: int = 30) -> Iterator[Cluster]:
     """Start a cluster of four idle nodes; on leaving, nothing of it is left. `kill_wait`: seconds between SIGTERM and SIGKILL."""
-    _clear_away_abandoned()
-    tag = f"t{os.getpid():x}"
-    folder = ROOT / f"{PREFIX}{os.getpid()}"
+    clear_away_abandoned()
+    tag, folder = _tag_of(os.getpid()), _folder_of(os.getpid())
     with ExitStack() as undo:
-        undo.callback(_remove, folder, tag)
+        undo.callback(_remove, os.getpid())
+        folder.mkdir()
+        (folder / OWNER).write_text(start_of(os.getpid()) or "")
         for name in ("munge", "state", "spool", "dev", "tmp", "log", "shared"):
             (folder / name).mkdir(parents=True)
         network = _make_network(tag)
@@ -298,8 +305,25 @@ def _ip(*arguments: str) -> str:
     return done.stdout
 
 
-def _remove(folder: Path, tag: str) -> None:
-    """Namespaces, links and files, whichever exist."""
+def _tag_of(pid: int) -> str:
+    return f"{TAG}{pid:x}-"
+
+
+def _folder_of(pid: int) -> Path:
+    return ROOT / f"{PREFIX}{pid}"
+
+
+def start_of(pid: int) -> str | None:
+    """When a process began, in ticks since the machine did; None when there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def _remove(pid: int) -> None:
+    """Namespaces, links and files of a process, whichever exist."""
+    tag = _tag_of(pid)
     commands: Sequence[tuple[str, ...]] = [
         *(("link", "del", f"{tag}v{node}") for node in range(NUM_NODES + 1)),
         *(("netns", "del", f"{tag}{node}") for node in range(NUM_NODES + 1)),
@@ -307,18 +331,22 @@ def _remove(folder: Path, tag: str) -> None:
     ]
     for command in commands:
         subprocess.run(["ip", *command], capture_output=True, check=False)
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(_folder_of(pid), ignore_errors=True)
 
 
-def _clear_away_abandoned() -> None:
-    """What processes that were killed left: their daemons died with them."""
-    for folder in ROOT.glob(f"{PREFIX}*"):
-        pid = int(folder.name.removeprefix(PREFIX))
-        if pid != os.getpid():
-            with suppress(ProcessLookupError):
-                os.kill(pid, 0)
-                continue
-        _remove(folder, f"t{pid:x}")
+def clear_away_abandoned() -> None:
+    """What processes that were killed left: their daemons died with them. Clusters of those that live stay."""
+    pids = {int(folder.name.removeprefix(PREFIX)) for folder in ROOT.glob(f"{PREFIX}*")}
+    names = [re.fullmatch(rf"{TAG}([0-9a-f]+)-\d", path.name) for path in NAMESPACES.glob(f"{TAG}*")]
+    for pid in pids | {int(name[1], 16) for name in names if name}:
+        if not _lives(pid):
+            _remove(pid)
+
+
+def _lives(pid: int) -> bool:
+    """Whether the process that started a cluster is there; one that begins right now may not have said when it began."""
+    started, owner = start_of(pid), _folder_of(pid) / OWNER
+    return started is not None and (not owner.is_file() or owner.read_text() in ("", started))
 
 
 def main() -> None:
