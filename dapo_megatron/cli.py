@@ -512,11 +512,10 @@ def probe(
 @app.command("job-node", hidden=True)
 def job_node(config: Annotated[Path, typer.Argument(help="RUN/slurm/config.json, as `submit` writes it.")]) -> None:
     """One task on each node of a Slurm job; the script of `submit` starts it."""
-    from dapo_megatron.config.load import load_config
     from dapo_megatron.launcher.slurm.node import run_node
     from dapo_megatron.train import run
 
-    raise typer.Exit(run_node(load_config([config]), run))
+    raise typer.Exit(run_node(config, run))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -527,8 +526,8 @@ def preflight(
 ) -> None:
     """Check this machine as a job checks its nodes before a run.
 
-    Versions, GPUs and who uses them, host memory against what the run needs, /dev/shm, ports. A job looks besides at the shared run folder,
-    at clocks, and at an all-reduce over all nodes. Exit code 87: something is bad, and named.
+    The run folder, versions, GPUs and who uses them, host memory against what the run needs, /dev/shm, ports. A job of several nodes looks
+    besides whether all see the run folder, at clocks, and at an all-reduce over all. Exit code 87: something is bad, and named.
     """
     from rich.console import Console
 

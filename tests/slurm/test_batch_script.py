@@ -20,6 +20,7 @@ def test_exit_codes_decide_whether_a_job_starts_again(slurm: Cluster, play: Play
     runs = {
         "finished": play("0", name="finished"),
         "bad input": play("2", name="bad_input"),
+        "bad input, others killed": play("2!", "--slurm.nodes=2", "--actor.num_ranks=2", name="killed"),
         "bad node": play("87", name="bad_node"),
         "bad node left out": play(
             "87 87 0", "--slurm.exclude_bad_nodes=true", "--slurm.sbatch=[--exclude=node3]", name="left_out"
@@ -32,6 +33,7 @@ def test_exit_codes_decide_whether_a_job_starts_again(slurm: Cluster, play: Play
     assert {name: slurm.state(run.job) for name, run in runs.items()} == {
         "finished": "COMPLETED",
         "bad input": "FAILED",
+        "bad input, others killed": "FAILED",
         "bad node": "FAILED",
         "bad node left out": "COMPLETED",
         "saved, stalled": "COMPLETED",
@@ -40,6 +42,7 @@ def test_exit_codes_decide_whether_a_job_starts_again(slurm: Cluster, play: Play
     assert {name: len(run.attempts) for name, run in runs.items()} == {
         "finished": 1,
         "bad input": 1,
+        "bad input, others killed": 1,
         "bad node": 1,
         "bad node left out": 3,
         "saved, stalled": 3,
@@ -49,6 +52,7 @@ def test_exit_codes_decide_whether_a_job_starts_again(slurm: Cluster, play: Play
     last = {name: run.history.splitlines()[-1].partition(": ")[2] for name, run in runs.items()}
     assert last["finished"] == "finished"
     assert last["bad input"] == "ended with 2: it would only fail again, see the lines above; not started again"
+    assert last["bad input, others killed"] == last["bad input"]
     assert last["failing"] == "ended with 1; slurm.max_restarts (2) reached; not started again"
     words = [line.partition(": ")[2] for line in runs["saved, stalled"].history.splitlines()]
     assert [line for line in words if not line.startswith("on node")] == [

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from dapo_megatron.config.schema import Config
 from dapo_megatron.launcher.slurm.checks import GIB, AllReduce, Gathered, all_findings, bad_nodes, needed_host_bytes
-from dapo_megatron.launcher.slurm.facts import GpuFacts, NodeFacts, gather, parse_gpus
-from dapo_megatron.launcher.slurm.preflight import EXCLUDED, preflight
+from dapo_megatron.launcher.slurm.facts import GpuFacts, NodeFacts, folder_problem, gather, parse_gpus
+from dapo_megatron.launcher.slurm.preflight import EXCLUDED, preflight, preflight_here
 from dapo_megatron.types import BadNodeError
 
 GPU = GpuFacts("H100", 80 * GIB, 79 * GIB)
@@ -35,7 +35,7 @@ def gathered(*changes: dict) -> Gathered:
     """Node 1 as it should be, and one more for each entry."""
     nodes = (FACTS, *(replace(FACTS, name=f"node{number}", **change) for number, change in enumerate(changes, start=2)))
     skew = {node.name: 0.01 for node in nodes[1:]}
-    return Gathered(nodes, skew_seconds=skew, all_reduce=AllReduce("nccl", 4, 90.0, {}))
+    return Gathered(nodes, skew_seconds=skew, all_reduce=AllReduce("nccl", len(nodes), 4, 90.0, {}))
 
 
 def bad(found: Gathered, settings: Config | None = None, needed_bytes: int = 0) -> list[tuple[str, str | None, str]]:
@@ -58,7 +58,8 @@ def test_equal_healthy_nodes_have_no_fault():
         ({"gpus": (replace(GPU, processes=("python (pid 7)",)), GPU)}, "GPUs", "GPU 0 is used by python (pid 7)"),
         ({"num_memory_bytes": 9 * GIB}, "host memory", "9.0 GiB available, the run needs about 10.0"),
         ({"num_shm_bytes": 64 * 2**20}, "/dev/shm", "64 MiB free, 1024 wanted; give the container more, or clean up"),
-        ({"ports": "none is free"}, "ports", "none is free"),
+        ({"network": "none is free"}, "ports", "none is free"),
+        ({"run_folder": "/lustre cannot be written"}, "run folder", "/lustre cannot be written"),
     ],
 )
 def test_a_fault_is_found_on_its_node_alone(change: dict, check: str, words: str):
@@ -71,7 +72,7 @@ def test_faults_between_nodes_are_found():
         missing=("node7",),
         unseen=("node2",),
         skew_seconds={"node2": -90.0},
-        all_reduce=AllReduce("gloo", 2, 0.0, {"node2": "no route to host"}),
+        all_reduce=AllReduce("gloo", 2, 2, 0.0, {"node2": "no route to host"}),
     )
     assert [(check, node) for check, node, _ in bad(found)] == [
         ("here", "node7"),
@@ -80,6 +81,46 @@ def test_faults_between_nodes_are_found():
         ("all-reduce", "node2"),
     ]
     assert bad_nodes(all_findings(config(), found, 0)) == ["node7", "node2"]
+
+
+def test_an_all_reduce_that_fails_everywhere_is_no_fault_of_each_node():
+    found = replace(gathered({}), all_reduce=AllReduce("nccl", 2, 4, 0.0, {"node1": "timed out", "node2": "no route"}))
+    assert bad(found) == [
+        ("all-reduce", None, "failed on every node, so that no single one can be blamed: node1: timed out; node2: no route")
+    ]
+    assert bad_nodes(all_findings(config(), found, 0)) == []
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (Gathered((FACTS,)), "can be written and read"),
+        (gathered({}), "seen by all nodes, both ways"),
+        (replace(gathered({}), missing=("node7",)), "seen by all nodes that came, both ways"),
+    ],
+)
+def test_what_is_said_of_the_run_folder_is_what_was_looked_at(found: Gathered, words: str):
+    findings = {finding.check: finding for finding in all_findings(config(), found, 0)}
+    assert (findings["run folder"].verdict, findings["run folder"].words) == ("good", words)
+
+
+def test_a_folder_is_written_and_read_back(tmp_path: Path):
+    assert folder_problem(tmp_path / "yet" / "to come") == "" and list(tmp_path.iterdir()) == []
+    assert folder_problem(Path("/proc/run")).startswith("/proc cannot be written and read: ")
+
+
+def test_a_job_of_one_process_is_asked_for_what_it_uses(tmp_path: Path):
+    run = {"run": {"dir": str(tmp_path)}, "cluster": {"backend": "local"}, "slurm": {"gpus_per_node": 0, "last_port": 20001}}
+    alone = Config.model_validate({"model": {"path": "none"}, "data": {"path": "none"}, **run})
+    text = io.StringIO()
+    preflight_here(alone, Console(file=text, width=200), "node1")
+    said = {line.split("\u2502")[1].strip(): line for line in text.getvalue().splitlines() if line.count("\u2502") == 5}
+    assert "can be written and read" in said["run folder"] and "available" in said["host memory"]
+    for check in ("/dev/shm", "ports"):
+        assert "skipped" in said[check] and "one process, which needs none" in said[check]
+    broken = alone.model_copy(update={"run": alone.run.model_copy(update={"dir": Path("/proc/run")})})
+    with pytest.raises(BadNodeError, match="preflight: node1 cannot run this. node1: run folder: /proc cannot be written"):
+        preflight_here(broken, Console(file=text), "node1")
 
 
 def test_what_cannot_be_looked_at_is_skipped_in_words():

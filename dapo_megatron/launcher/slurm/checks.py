@@ -17,6 +17,8 @@ MIN_SHM_BYTES = GIB
 """Ray's object store and NCCL's buffers; containers often have 64 MiB."""
 MAX_CLOCK_SKEW_SECONDS = 5.0
 
+_ONE_PROCESS = "cluster.backend local is one process, which needs none"
+
 Verdict = Literal["good", "bad", "skipped"]
 
 
@@ -50,6 +52,7 @@ class AllReduce:
     """Outcome over all ranks: bus bandwidth, or what went wrong where."""
 
     backend: str
+    num_nodes: int
     num_ranks: int
     gigabytes_per_second: float
     errors: Mapping[str, str]
@@ -64,9 +67,9 @@ def all_findings(config: Config, gathered: Gathered, needed_bytes: int) -> list[
         lambda: versions(gathered.nodes),
         lambda: gpus(config, gathered.nodes),
         lambda: memory(gathered.nodes, needed_bytes),
-        lambda: shared_memory(gathered.nodes),
+        lambda: shared_memory(config, gathered.nodes),
         lambda: clocks(gathered.skew_seconds),
-        lambda: ports(gathered.nodes),
+        lambda: network(config, gathered.nodes),
         lambda: all_reduce(gathered.all_reduce),
     )
     return [finding for check in checks for finding in check()]
@@ -83,12 +86,14 @@ def came(missing: Sequence[str]) -> Iterator[Finding]:
 def folder(gathered: Gathered) -> Iterator[Finding]:
     """The run folder is one folder: each node read the head's file (else it would not be here), and the head each node's."""
     name = "run folder"
-    for node in gathered.unseen:
-        yield Finding(
-            name, "bad", "what it wrote there is not seen by the first node: it has another file system under that path", node
-        )
-    if not gathered.unseen:
-        yield Finding(name, "good", "seen by all nodes, both ways")
+    faults = {node.name: node.run_folder for node in gathered.nodes if node.run_folder}
+    other = "what it wrote there is not seen by the first node: it has another file system under that path"
+    faults |= {node: other for node in gathered.unseen}
+    for node, fault in faults.items():
+        yield Finding(name, "bad", fault, node)
+    if not faults:
+        seen = f"seen by all nodes{' that came' if gathered.missing else ''}, both ways"
+        yield Finding(name, "good", seen if len(gathered.nodes) > 1 else "can be written and read")
 
 
 def versions(nodes: Sequence[NodeFacts]) -> Iterator[Finding]:
@@ -142,8 +147,11 @@ def memory(nodes: Sequence[NodeFacts], needed_bytes: int) -> Iterator[Finding]:
         yield Finding("host memory", "good", f"at least {least / GIB:.1f} GiB available, about {needed_bytes / GIB:.1f} needed")
 
 
-def shared_memory(nodes: Sequence[NodeFacts]) -> Iterator[Finding]:
+def shared_memory(config: Config, nodes: Sequence[NodeFacts]) -> Iterator[Finding]:
     """Room in /dev/shm."""
+    if config.cluster.backend == "local":
+        yield Finding("/dev/shm", "skipped", _ONE_PROCESS)
+        return
     short = [node for node in nodes if node.num_shm_bytes < MIN_SHM_BYTES]
     for node in short:
         words = (
@@ -165,12 +173,15 @@ def clocks(skew_seconds: Mapping[str, float] | None) -> Iterator[Finding]:
         yield Finding("clock", "good", f"at most {max(map(abs, skew_seconds.values())):.2f} s apart, the way included")
 
 
-def ports(nodes: Sequence[NodeFacts]) -> Iterator[Finding]:
-    """Each node has free ports in the range."""
+def network(config: Config, nodes: Sequence[NodeFacts]) -> Iterator[Finding]:
+    """Each node has an address for the others, and free ports in the range."""
+    if config.cluster.backend == "local":
+        yield Finding("ports", "skipped", _ONE_PROCESS)
+        return
     for node in nodes:
-        if node.ports:
-            yield Finding("ports", "bad", node.ports, node.name)
-    if not any(node.ports for node in nodes):
+        if node.network:
+            yield Finding("ports", "bad", node.network, node.name)
+    if not any(node.network for node in nodes):
         yield Finding("ports", "good", "free in the range of slurm.first_port to slurm.last_port")
 
 
@@ -178,6 +189,10 @@ def all_reduce(outcome: AllReduce | None) -> Iterator[Finding]:
     """All ranks can talk, and how fast."""
     if outcome is None:
         yield Finding("all-reduce", "skipped", "one process")
+        return
+    if len(outcome.errors) == outcome.num_nodes > 1:  # one that is not in reach fails all others
+        words = "; ".join(f"{node}: {error}" for node, error in outcome.errors.items())
+        yield Finding("all-reduce", "bad", f"failed on every node, so that no single one can be blamed: {words}")
         return
     for node, error in outcome.errors.items():
         yield Finding("all-reduce", "bad", error, node)

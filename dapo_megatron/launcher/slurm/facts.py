@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +40,19 @@ class NodeFacts:
     """Host memory that is available to the job."""
     num_shm_bytes: int
     """Free in /dev/shm."""
-    ports: str = ""
-    """What is wrong with the ports; empty when enough are free."""
+    network: str = ""
+    """What is wrong with its address or its ports; empty when others can reach it."""
+    run_folder: str = ""
+    """What is wrong with the run folder; empty when this node can write and read it."""
     topology: str = ""
 
+    @property
+    def is_cut_off(self) -> bool:
+        """The run cannot even be started with this node."""
+        return bool(self.network or self.run_folder)
 
-def gather(name: str, address: str, *, group: int = 0, ports: str = "", topology: str = "") -> NodeFacts:
+
+def gather(name: str, address: str, *, group: int = 0, network: str = "", run_folder: str = "", topology: str = "") -> NodeFacts:
     """Of this node; a second or so where there are GPUs."""
     gpus, driver = _gpus()
     versions = {"python": platform.python_version(), "dapo-megatron": installed_version("dapo-megatron") or "not installed"}
@@ -58,10 +66,24 @@ def gather(name: str, address: str, *, group: int = 0, ports: str = "", topology
         gpus=gpus,
         num_memory_bytes=_available_memory(),
         num_shm_bytes=shm.free,
-        ports=ports,
+        network=network,
+        run_folder=run_folder,
         topology=topology,
         clock=time.time(),
     )
+
+
+def folder_problem(folder: Path) -> str:
+    """Why this node cannot write into the folder and read that back; empty when it can. A folder that is yet to come counts as the one above."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.NamedTemporaryFile("w+", dir=there, prefix=".look.") as file:
+            file.write(file.name)
+            file.flush()
+            read = Path(file.name).read_text()
+    except OSError as error:
+        return f"{there} cannot be written and read: {error.strerror}"
+    return "" if read == file.name else f"{there} does not give back what was written"
 
 
 def parse_gpus(listing: str, processes: str) -> tuple[GpuFacts, ...]:

@@ -114,18 +114,22 @@ class Head:
             with suppress(OSError):
                 line.send(message)
 
-    def answers(self, names: Sequence[str], timeout_seconds: float) -> dict[int, dict[str, Any]]:
-        """One message of each task. BadNodeError for one that is gone or silent."""
-        deadline, found = time.monotonic() + timeout_seconds, {}
+    def answers(self, timeout_seconds: float) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
+        """One message of each task; and of those without one, by task, what became of them."""
+        deadline = time.monotonic() + timeout_seconds
+        found: dict[int, dict[str, Any]] = {}
+        silent: dict[int, str] = {}
         for task, line in sorted(self._lines.items()):
             try:
                 answer = line.receive(max(deadline - time.monotonic(), 0.01))
             except TimeoutError:
-                raise BadNodeError(f"{names[task]} did not answer within {timeout_seconds:g} s.") from None
+                silent[task] = f"did not answer within {timeout_seconds:g} s"
+                continue
             if answer is None:
-                raise BadNodeError(f"{names[task]} left before it answered; see its lines above.")
-            found[task] = answer
-        return found
+                silent[task] = "left before it answered; see its lines above"
+            else:
+                found[task] = answer
+        return found, silent
 
     def close(self) -> None:
         """Part from all; they leave. Closing twice is harmless."""

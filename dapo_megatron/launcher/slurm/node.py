@@ -5,7 +5,8 @@
     head         `train` on that Ray; its exit code is the task's, and srun's
     others       leave, with code 0, when the head leaves: at the end of the run, or because it died
 
-Nothing sleeps for a fixed time; whoever does not come by its deadline is named.
+Nothing sleeps for a fixed time; whoever does not come by its deadline is named. A node that cannot be used says so to the head, which alone
+decides how the job ends: srun kills all tasks when one fails, and gives the code of what it killed.
 """
 
 from __future__ import annotations
@@ -19,31 +20,37 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from pydantic import TypeAdapter
 from rich.console import Console
 
+from dapo_megatron.config.load import load_config
 from dapo_megatron.config.schema import Config
-from dapo_megatron.exit_codes import ExitCode
+from dapo_megatron.exit_codes import ExitCode, code_of
 from dapo_megatron.launcher.backends import RayCluster
 from dapo_megatron.launcher.placement import ClusterNode, Role
 from dapo_megatron.launcher.slurm import bandwidth
 from dapo_megatron.launcher.slurm.checks import AllReduce, Gathered
-from dapo_megatron.launcher.slurm.facts import NodeFacts, gather
+from dapo_megatron.launcher.slurm.facts import NodeFacts, folder_problem, gather
 from dapo_megatron.launcher.slurm.job import Job, in_topology_order
 from dapo_megatron.launcher.slurm.meeting import Head, Line, find_meeting, join
 from dapo_megatron.launcher.slurm.network import address_of, free_ports
-from dapo_megatron.launcher.slurm.preflight import preflight
+from dapo_megatron.launcher.slurm.preflight import preflight, preflight_here
 from dapo_megatron.launcher.slurm.ray_node import RayNode
 from dapo_megatron.launcher.stop import SIGNALS
-from dapo_megatron.types import EngineError
+from dapo_megatron.types import BadNodeError, EngineError
 
 SHARED_SECONDS = 30.0
 """How long a file may take to be seen on another node."""
+EXIT_CODE = "exit_code"
+"""File in the folder of an attempt."""
 ALL_REDUCE_SECONDS = 3.0 * bandwidth.TIMEOUT_SECONDS
+LATE_SECONDS = 60.0
+"""A node waits so much longer for the head than the head for it: the head names who is missing."""
 LEAVE_SECONDS = 5.0
 """A node whose Ray ends waits so long for the end of the head, of which that may be the consequence."""
 
@@ -56,46 +63,90 @@ class Train(Protocol):
     def __call__(self, config: Config, *, check_only: bool, cluster: RayCluster | None = None) -> int: ...
 
 
-def run_node(config: Config, train: Train) -> int:
-    """The task of this node. Returns its exit code."""
+@dataclass(frozen=True, slots=True)
+class _Reach:
+    """Where this node can be reached; with a `problem`, nowhere."""
+
+    address: str = ""
+    ports: Sequence[int] = ()
+    problem: str = ""
+
+    @classmethod
+    def of(cls, job: Job, config: Config) -> _Reach:
+        try:
+            address = address_of(job.node.name, config.slurm.network)
+            return cls(address, free_ports(address, config.slurm, seed=int(job.id)))
+        except BadNodeError as error:
+            return cls(problem=str(error))
+
+
+def run_node(config_file: Path, train: Train) -> int:
+    """The task of this node, with the settings of RUN/slurm/config.json. Returns its exit code.
+
+    That of the first node is left in the file `exit_code` of the attempt, for the batch script.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # and in all that is started; `train` hears them
     job = Job.from_environment(os.environ)
-    folder = config.run.dir.absolute() / "slurm" / "nodes" / job.attempt
+    folder = config_file.absolute().parent / "nodes" / job.attempt
+    if job.task != 0:
+        return _run_task(load_config([config_file]), train, job, folder)
+    code: int | None = None
+    try:
+        code = _run_task(load_config([config_file]), train, job, folder)
+        return code
+    except Exception as error:
+        code = code_of(error)
+        raise
+    finally:
+        if code is not None:
+            with suppress(OSError):  # then srun's code counts
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / EXIT_CODE).write_text(f"{int(code)}\n")
+
+
+def _run_task(config: Config, train: Train, job: Job, folder: Path) -> int:
     if config.cluster.backend == "local":
+        if config.slurm.preflight:
+            preflight_here(config, Console(), job.node.name, exclude_from=folder.parent.parent)
         return train(config, check_only=False)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ["RAY_AUTH_MODE"] = "token"
-    address = address_of(job.node.name, config.slurm.network)
-    os.environ["DAPO_NODE_ADDRESS"] = address
-    ports = free_ports(address, config.slurm, seed=int(job.id))
-    if job.task == 0:
-        return _lead(config, train, job, folder, address, ports)
-    return _follow(config, job, folder, address, ports)
+    reach = _Reach.of(job, config)
+    os.environ["DAPO_NODE_ADDRESS"] = reach.address
+    if job.task != 0:
+        return _follow(config, job, folder, reach)
+    if reach.problem:
+        preflight(config, Gathered((_facts(config, job, reach),)), Console(), exclude_from=folder.parent.parent)
+    return _lead(config, train, job, folder, reach)
 
 
-def _lead(config: Config, train: Train, job: Job, folder: Path, address: str, ports: Sequence[int]) -> int:
-    started, console = time.monotonic(), Console()
+def _lead(config: Config, train: Train, job: Job, folder: Path, reach: _Reach) -> int:
+    started, console, address, ports = time.monotonic(), Console(), reach.address, reach.ports
     names = [node.name for node in job.nodes]
     others, deadline = range(1, len(names)), config.cluster.startup_deadline_seconds
     head = Head(folder / "meeting.json", address, ports[:1])
     os.environ["RAY_AUTH_TOKEN"] = head.meeting.secret
     # Closed before Ray is ended here: the others must know that their Ray did not fail, but has served.
     with closing(head), _ray(config, job, folder, address, ports[2:]) as ray, closing(head):
-        facts = {0: _facts(job, address)}
+        facts = {0: _facts(config, job, reach)}
         hellos = head.hellos(others, deadline)
         here = time.monotonic()
         facts |= {task: _FACTS.validate_python(hello["facts"]) for task, hello in hellos.items()}
         missing = tuple(names[task] for task in others if task not in hellos)
-        meet = None
-        if not missing:
+        usable, meet = not missing and not any(it.is_cut_off for it in facts.values()), None
+        if usable:
             ray.wait_until_head_listens(deadline)
             meet = _meet(address, ports[1], facts) if config.slurm.preflight else None
             head.tell_all({"ray": ray.gcs_address, "all_reduce": meet})
-        if config.slurm.preflight or missing:
+        if config.slurm.preflight or not usable:
             gathered = Gathered(
                 nodes=tuple(facts[task] for task in sorted(facts)),
                 missing=missing,
-                unseen=tuple(names[task] for task, hello in hellos.items() if not _is_seen(folder, names[task], hello["canary"])),
+                unseen=tuple(
+                    names[task]
+                    for task, hello in hellos.items()
+                    if not facts[task].run_folder and not _is_seen(folder, names[task], hello["canary"])
+                ),
                 skew_seconds={names[task]: hello["facts"]["clock"] - hello["heard"] for task, hello in hellos.items()},
                 all_reduce=_all_reduce(head, meet, names) if meet else None,
             )
@@ -111,18 +162,19 @@ def _lead(config: Config, train: Train, job: Job, folder: Path, address: str, po
         return train(config, check_only=False, cluster=cluster)
 
 
-def _follow(config: Config, job: Job, folder: Path, address: str, ports: Sequence[int]) -> int:
-    deadline = config.cluster.startup_deadline_seconds
+def _follow(config: Config, job: Job, folder: Path, reach: _Reach) -> int:
+    deadline = config.cluster.startup_deadline_seconds + LATE_SECONDS
     meeting = find_meeting(folder / "meeting.json", deadline)
     os.environ["RAY_AUTH_TOKEN"] = meeting.secret
-    canary = secrets.token_hex(8)
-    _canary_file(folder, job.node.name).write_text(canary)
-    line = join(meeting, job.task, {"canary": canary, "facts": _FACTS.dump_python(_facts(job, address), mode="json")}, deadline)
+    facts, canary = _facts(config, job, reach), secrets.token_hex(8)
+    if not facts.run_folder:
+        _canary_file(folder, job.node.name).write_text(canary)
+    line = join(meeting, job.task, {"canary": canary, "facts": _FACTS.dump_python(facts, mode="json")}, deadline)
     try:
         what = line.receive()
         if what is None:
             return ExitCode.DONE  # the head has left, and says why
-        with _ray(config, job, folder, address, ports[2:], head=what["ray"]) as ray:
+        with _ray(config, job, folder, reach.address, reach.ports[2:], head=what["ray"]) as ray:
             if what["all_reduce"] is not None:
                 line.send(_reduce_here(job.task, what["all_reduce"], job.node.name))
             return _hold(line, ray)
@@ -163,8 +215,15 @@ def _ray(
         node.stop()
 
 
-def _facts(job: Job, address: str) -> NodeFacts:
-    return gather(job.node.name, address, group=job.node.group, topology=job.topology)
+def _facts(config: Config, job: Job, reach: _Reach) -> NodeFacts:
+    return gather(
+        job.node.name,
+        reach.address,
+        group=job.node.group,
+        network=reach.problem,
+        run_folder=folder_problem(config.run.dir),
+        topology=job.topology,
+    )
 
 
 def _cluster_node(job: Job, facts: NodeFacts, task: int) -> ClusterNode:
@@ -201,10 +260,13 @@ def _all_reduce(head: Head, meet: Mapping[str, Any], names: Sequence[str]) -> Al
     counts = meet["counts"]
     if sum(counts) == 1:
         return None
-    answers = {0: _reduce_here(0, meet, names[0])} | head.answers(names, ALL_REDUCE_SECONDS)
-    errors = {names[task]: answer["error"] for task, answer in answers.items() if answer["error"]}
+    own = _reduce_here(0, meet, names[0])
+    answers, silent = head.answers(ALL_REDUCE_SECONDS)
+    answers[0] = own
+    errors = {names[task]: answer["error"] for task, answer in sorted(answers.items()) if answer["error"]}
+    errors |= {names[task]: problem for task, problem in silent.items()}
     speed = min((answer["gigabytes_per_second"] for answer in answers.values()), default=0.0)
-    return AllReduce("nccl" if meet["on_gpus"] else "gloo", sum(counts), speed, errors)
+    return AllReduce("nccl" if meet["on_gpus"] else "gloo", len(counts), sum(counts), speed, errors)
 
 
 def _reduce_here(task: int, meet: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from rich.table import Table
 from dapo_megatron.config.checks import read_hf_config
 from dapo_megatron.config.schema import Config
 from dapo_megatron.launcher.slurm.checks import Finding, Gathered, all_findings, bad_nodes, needed_host_bytes
-from dapo_megatron.launcher.slurm.facts import gather
+from dapo_megatron.launcher.slurm.facts import folder_problem, gather
 from dapo_megatron.launcher.slurm.network import free_ports
 from dapo_megatron.layout.model_shape import ModelShape
 from dapo_megatron.layout.parameters import num_params
@@ -37,20 +37,20 @@ def preflight(config: Config, gathered: Gathered, console: Console, exclude_from
         known = file.read_text().split() if file.is_file() else []
         file.write_text("".join(f"{name}\n" for name in dict.fromkeys([*known, *names])))
         noted = f"; left out from now on ({file})"
-    where = ", ".join(names) or "no node alone"
+    where = ", ".join(names) or "the nodes together"
     words = "; ".join(f"{finding.node or 'all nodes'}: {finding.check}: {finding.words}" for finding in bad)
     raise BadNodeError(f"preflight: {where} cannot run this{noted}. {words}")
 
 
-def preflight_here(config: Config, console: Console) -> None:
-    """The checks on this machine alone, as the first node of a job. BadNodeError."""
-    name = socket.gethostname()
+def preflight_here(config: Config, console: Console, name: str | None = None, exclude_from: Path | None = None) -> None:
+    """`preflight` of this machine alone, by `name`, else its host name: the run would have no other node."""
     try:
         free_ports("127.0.0.1", config.slurm, seed=0)
-        ports = ""
+        network = ""
     except BadNodeError as error:
-        ports = str(error)
-    preflight(config, Gathered((gather(name, "127.0.0.1", ports=ports),)), console)
+        network = str(error)
+    facts = gather(name or socket.gethostname(), "127.0.0.1", network=network, run_folder=folder_problem(config.run.dir))
+    preflight(config, Gathered((facts,)), console, exclude_from)
 
 
 def table(findings: Sequence[Finding]) -> Table:
