@@ -1,7 +1,8 @@
 r"""How near the layout planner comes to published measurements.
 
     python -m benchmarks.planner                       the facts stored in benchmarks/data
-    python -m benchmarks.planner path/to/layouts.csv   any file with the same columns
+    python -m benchmarks.planner path/to/layouts.csv   any file with the same columns, as benchmarks/data/held_out_layouts.csv: rows that
+                                                       were found after the formulas were written
 
 Memory: peak of torch's allocator on the fullest pipeline stage against the published one. The formulas were written while looking at the
 rows marked `fit`; every other row is a prediction. Rows that say too little are listed with what they lack.

@@ -22,12 +22,14 @@ from dapo_megatron.layout.train_time import MicroBatches, update_seconds
 FIT_SOURCES = ("SimuMax docs/b200", "Megatron-LM README", "gpt3_7b_")
 """Rows with these words in source or model were used to fit `layout/efficiency.py`; every other row is a prediction."""
 FIT_DEVICES = ("B200-192", "H100-80", "A100-80")
-OVERLAPPED = ("Megatron-Bridge", "NeMo", "Megatron-LM README")
+OVERLAPPED = ("Megatron-Bridge", "NeMo", "Megatron-LM README", "ModelZoo")
 """Frameworks whose recipes overlap data- and tensor-parallel communication with compute."""
 ONCE_PER_NODE = ("Megatron-Bridge", "flex", "DeepEP")
 """Recipes that dispatch tokens with DeepEP or HybridEP."""
 ASSUMED_MICRO_BATCH_SIZES = (1, 2, 4)
 """Where none is published: the fastest of these, since tables of results show tuned runs."""
+SAME_MEMORY = 0.1
+"""Share by which the memory in a device's name differs from what is usable of it."""
 MAX_SECONDS_APART = 0.02
 """Rows whose tokens/s differ by less tie in a ranking."""
 
@@ -76,13 +78,19 @@ class FlopsScore:
 
 
 def gpu_of(name: str) -> Gpu | None:
-    """The device of a row (`B200-192`, `H100-80(DGX)`); None for one that the table does not have."""
+    """The device of a row (`B200-192`, `H100-80(DGX)`); None for one that the table does not have.
+
+    A variant with another memory (`A100-40`) is the table's device with that memory.
+    """
     wanted = name.lower().split("(")[0].strip()
     gpus = known_gpus()
     if wanted in gpus:
         return gpus[wanted]
-    family = wanted.split("-")[0]
-    return next((gpu for known, gpu in gpus.items() if known.split("-")[0] == family), None)
+    family, _, size = wanted.partition("-")
+    gpu = next((gpu for known, gpu in gpus.items() if known.split("-")[0] == family), None)
+    if gpu is None or not size.isdigit() or abs(int(size) * 1024 / gpu.memory_mib - 1) < SAME_MEMORY:
+        return gpu
+    return gpu.model_copy(update={"memory_mib": int(size) * 1024, "name": f"{family.upper()} {size} GB"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,7 @@ def layer_activations(shape: ModelShape, has_experts: bool, layout: Layout, opti
         0 if options.flash_attention else options.sequence_tokens,
         options.expert_imbalance,
         options.precision.activation_bytes,
+        options.precision.linear_input_bytes,
     )
 
 
@@ -80,6 +81,7 @@ def _layer_activations(
     score_tokens: int,
     expert_imbalance: float,
     width: int,
+    linear_width: float | None,
 ) -> LayerActivations:
     per_token = shape.experts.num_per_token if shape.experts else 0
     sequence = 1 / tensor_parallel_size if sequence_parallel else 1.0
@@ -90,7 +92,7 @@ def _layer_activations(
         routed_tensor=sequence * per_token * expert_imbalance,
     )
     if kernels == "transformer_engine":
-        kept = kept_transformer_engine.layer_tensors(shape, has_experts, dropout, score_tokens, width)
+        kept = kept_transformer_engine.layer_tensors(shape, has_experts, dropout, score_tokens, width, linear_width)
     else:
         kept = kept_local.layer_tensors(shape, has_experts, score_tokens, width)
     live = [tensor for tensor in kept if not tensor.dropped_by & recomputed]

@@ -36,10 +36,11 @@ class Efficiency:
 EFFICIENCIES: Mapping[str, Efficiency] = {
     "ampere": Efficiency(0.71, 0.49, 0.40, 0.95, 0.71, 0.80, 5e-6, "2 rows: Megatron-LM, 7B on 8 A100"),
     "hopper": Efficiency(
-        0.64, 0.48, 0.38, 0.84, 0.66, 0.80, 5e-6, "11 rows: Megatron-LM, 7B on 8 H100, 2B to 462B on 48 to 6144"
+        0.62, 0.60, 0.50, 0.84, 0.64, 0.80, 5e-6, "11 rows: Megatron-LM, 7B on 8 H100, 2B to 462B on 48 to 6144"
     ),
     "h20": Efficiency(0.85, 0.70, 0.55, 0.84, 0.66, 0.80, 5e-6, "no rows: Hopper's kernels on a seventh of its arithmetic"),
     "b200": Efficiency(0.52, 0.43, 0.35, 0.90, 0.37, 0.80, 5e-6, "43 rows: SimuMax, slices of dense and MoE models on 8 B200"),
 }
-"""By the name that a GPU entry refers to. `network` and `launch_seconds` are assumed, not fitted; so
-are all shares of H20 (its few arithmetic units are easily fed) and GB200 (B200's)."""
+"""By the name that a GPU entry refers to. `network` and `launch_seconds` are assumed, not fitted; so are all shares of H20 (its few
+arithmetic units are easily fed), and B200's where GB200, B300 and GB300 use them. Hopper's attention and memory are what its kernels alone
+reach (`benchmarks.planner_fit.MEASURED`)."""

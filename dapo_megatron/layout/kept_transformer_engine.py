@@ -13,23 +13,35 @@ _UP = frozenset[RecomputedPart]({"mla_up_proj"})
 _CORE = frozenset[RecomputedPart]({"core_attn"})
 
 
-def layer_tensors(shape: ModelShape, has_experts: bool, dropout: bool, score_tokens: int, width: int) -> tuple[Kept, ...]:
+def layer_tensors(
+    shape: ModelShape, has_experts: bool, dropout: bool, score_tokens: int, width: int, linear_width: float | None = None
+) -> tuple[Kept, ...]:
     """Everything a layer keeps without recompute; `width` is the bytes of an activation's element.
 
-    `score_tokens`: keys that each query's scores are kept for; 0 with flash attention.
+    `score_tokens`: keys that each query's scores are kept for; 0 with flash attention. `linear_width`: bytes of an element of what linear
+    layers keep of their inputs, where that is a copy in low precision; None: the input itself.
     """
-    attention = _latent_attention(shape, width) if isinstance(shape.attention, LatentAttention) else _attention(shape, width)
+    linear, has_copies = (width, False) if linear_width is None else (linear_width, True)
+    if isinstance(shape.attention, LatentAttention):
+        attention = _latent_attention(shape, width, linear)
+        output = shape.attention.num_heads * shape.attention.value_dim
+    else:
+        attention = _attention(shape, width, linear)
+        output = shape.attention.num_heads * shape.attention.head_dim
     masks = (Kept("attention", 2 * shape.hidden_size, "sequence"),) if dropout else ()
     scores = (Kept("attention", width * shape.attention.num_heads * score_tokens, "tensor", _CORE),) if score_tokens else ()
-    return (*attention, *masks, *scores, *(_moe(shape, width) if has_experts else _dense_mlp(shape, width)))
+    # The attention kernel and the router keep their own tensor, so that a linear layer's copy of it comes on top.
+    copies = (Kept("attention", linear * output, "tensor"),) if has_copies else ()
+    rest = _moe(shape, width, linear, has_copies) if has_experts else _dense_mlp(shape, width, linear)
+    return (*attention, *copies, *masks, *scores, *rest)
 
 
-def _attention(shape: ModelShape, width: int) -> tuple[Kept, ...]:
-    attention, h = shape.attention, width * shape.hidden_size
+def _attention(shape: ModelShape, width: int, linear: float) -> tuple[Kept, ...]:
+    attention = shape.attention
     assert not isinstance(attention, LatentAttention)
     queries, keys = width * attention.num_heads * attention.head_dim, width * attention.num_groups * attention.head_dim
     return (
-        Kept("attention", 2 * h, "sequence"),  # input (the residual) and normed input
+        Kept("attention", (width + linear) * shape.hidden_size, "sequence"),  # input (the residual) and normed input
         Kept("attention", queries + 2 * keys, "tensor"),  # what the projection gave: values are a view of it
         *((Kept("attention", queries + keys, "tensor"),) if attention.qk_norm else ()),  # inputs of both norms
         Kept("attention", queries + keys, "tensor"),  # rotated queries and keys
@@ -38,20 +50,19 @@ def _attention(shape: ModelShape, width: int) -> tuple[Kept, ...]:
     )
 
 
-def _latent_attention(shape: ModelShape, width: int) -> tuple[Kept, ...]:
-    attention, h = shape.attention, width * shape.hidden_size
+def _latent_attention(shape: ModelShape, width: int, linear: float) -> tuple[Kept, ...]:
+    attention = shape.attention
     assert isinstance(attention, LatentAttention)
-    heads = width * attention.num_heads
-    query_latent = width * (attention.q_lora_rank or 0)
-    key_latent, key_rope = width * attention.kv_lora_rank, width * attention.rope_dim
+    heads, query_latent = width * attention.num_heads, attention.q_lora_rank or 0
+    key_latent, key_rope = attention.kv_lora_rank, attention.rope_dim
     return (
-        Kept("attention", h, "sequence"),  # input
-        Kept("attention", h, "sequence", _NORM),  # normed input
-        Kept("attention", 2 * query_latent, "sequence"),  # query latent and a contiguous copy
-        Kept("attention", query_latent, "sequence", _UP),  # its norm
-        Kept("attention", key_latent + key_rope, "sequence"),  # key/value latent with the rotated part of the key
-        Kept("attention", key_latent, "sequence"),  # the latent alone
-        Kept("attention", key_latent, "sequence", _UP),  # its norm
+        Kept("attention", width * shape.hidden_size, "sequence"),  # input
+        Kept("attention", linear * shape.hidden_size, "sequence", _NORM),  # normed input
+        Kept("attention", width * 2 * query_latent, "sequence"),  # query latent and a contiguous copy
+        Kept("attention", linear * query_latent, "sequence", _UP),  # its norm
+        Kept("attention", width * (key_latent + key_rope), "sequence"),  # key/value latent with the rotated part of the key
+        Kept("attention", width * key_latent, "sequence"),  # the latent alone
+        Kept("attention", linear * key_latent, "sequence", _UP),  # its norm
         Kept("attention", heads * 2 * attention.query_dim, "tensor", _UP),  # queries and keys
         Kept("attention", heads * attention.value_dim, "tensor", _UP),  # values
         Kept("attention", heads * attention.value_dim, "tensor"),  # attention output
@@ -59,26 +70,27 @@ def _latent_attention(shape: ModelShape, width: int) -> tuple[Kept, ...]:
     )
 
 
-def _dense_mlp(shape: ModelShape, width: int) -> tuple[Kept, ...]:
-    h, f = width * shape.hidden_size, width * shape.ffn_hidden_size
+def _dense_mlp(shape: ModelShape, width: int, linear: float) -> tuple[Kept, ...]:
+    h, f = shape.hidden_size, shape.ffn_hidden_size
     return (
-        Kept("mlp", h, "sequence"),  # input (the residual)
-        Kept("mlp", h, "sequence", _MLP),  # normed input
-        Kept("mlp", (2 if shape.gated else 1) * f, "tensor", _MLP),  # input of the activation function
-        Kept("mlp", f, "tensor", _MLP),  # its output
+        Kept("mlp", width * h, "sequence"),  # input (the residual)
+        Kept("mlp", linear * h, "sequence", _MLP),  # normed input
+        Kept("mlp", width * (2 if shape.gated else 1) * f, "tensor", _MLP),  # input of the activation function
+        Kept("mlp", linear * f, "tensor", _MLP),  # its output
     )
 
 
-def _moe(shape: ModelShape, width: int) -> tuple[Kept, ...]:
-    experts, h = shape.experts, width * shape.hidden_size
+def _moe(shape: ModelShape, width: int, linear: float, has_copies: bool) -> tuple[Kept, ...]:
+    experts, h = shape.experts, shape.hidden_size
     assert experts is not None
-    gates, f, shared = 2 if shape.gated else 1, width * experts.ffn_hidden_size, width * experts.shared_ffn_hidden_size
+    gates, f, shared = 2 if shape.gated else 1, experts.ffn_hidden_size, experts.shared_ffn_hidden_size
     return (
-        Kept("experts", h, "sequence"),  # input (the residual)
-        Kept("experts", h, "sequence", _NORM),  # normed input
+        Kept("experts", width * h, "sequence"),  # input (the residual)
+        Kept("experts", width * h, "sequence", _NORM),  # normed input
         Kept("experts", 12 * experts.num_experts, "sequence", _MOE),  # logits, scores and probabilities, fp32
-        Kept("experts", h, "routed", _MOE),  # a copy for each expert
-        Kept("experts", gates * f, "routed_tensor", _MOE),  # input of the activation function
-        Kept("experts", f, "routed_tensor", _MOE | {"moe_act"}),  # its output
-        *((Kept("experts", (gates + 1) * shared, "tensor", _MOE | {"shared_experts"}),) if shared else ()),
+        Kept("experts", linear * h, "routed", _MOE),  # a copy for each expert
+        Kept("experts", width * gates * f, "routed_tensor", _MOE),  # input of the activation function
+        Kept("experts", linear * f, "routed_tensor", _MOE | {"moe_act"}),  # its output
+        *((Kept("experts", (width * gates + linear) * shared, "tensor", _MOE | {"shared_experts"}),) if shared else ()),
+        *((Kept("experts", linear * h, "sequence", _MOE | {"shared_experts"}),) if shared and has_copies else ()),
     )

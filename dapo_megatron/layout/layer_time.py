@@ -29,14 +29,14 @@ class TimeOptions:
     """What decides time besides model, layout and GPU. The defaults are this project on GPUs."""
 
     precision: Literal["bf16", "fp8"] = "bf16"
-    """Of matrix products in linear layers."""
+    """Of matrix products in the linear layers of transformer layers; router and LM head stay in bf16."""
     grad_bytes: int = 4
     overlap_data_parallel: bool = False
-    """Gradients are reduced and parameters gathered while other layers compute."""
+    """Gradients are reduced and parameters gathered while other layers compute. FSDP always does."""
     overlap_tensor_parallel: bool = False
     """Collectives of tensor parallelism run inside the matrix products (user buffers)."""
     dispatch_once_per_node: bool = False
-    """A token goes once to every node that has some of its experts (DeepEP); False: once to every expert."""
+    """A token goes once to every node, and there to every rank, that has some of its experts (DeepEP); False: once to every expert."""
     dropout: bool = False
     """In attention and on both residual branches."""
     fully_sharded: bool = False
@@ -99,6 +99,10 @@ class Machine:
         """The shares of peaks that kernels reach."""
         return EFFICIENCIES[self.gpu.efficiency] if self.shares is None else self.shares
 
+    def in_bf16(self) -> Machine:
+        """The same machine where matrix products are in bf16."""
+        return self if self.options.precision == "bf16" else replace(self, options=replace(self.options, precision="bf16"))
+
     def __hash__(self) -> int:
         return hash(
             (self.gpu.name, self.options, self.shares)
@@ -111,7 +115,8 @@ class Machine:
         if self.options.precision == "fp8":
             peak = self.gpu.fp8_tflops or peak
         flops = 2 * rows * columns * depth
-        num_bytes = 2 * (rows * depth + depth * columns + rows * columns)
+        operand = 1 if self.options.precision == "fp8" else 2
+        num_bytes = operand * (rows * depth + depth * columns) + 2 * rows * columns
         return count * (
             flops / (peak * 1e12 * efficiency.matmul)
             + num_bytes / (self.gpu.hbm_gb_per_second * 1e9 * efficiency.memory)
@@ -144,7 +149,11 @@ class Machine:
             return 0.0
         efficiency = self.efficiency
         near = min(group, self.gpu.nvlink_domain_gpus)
-        inside = num_bytes * (near - 1) / group / (self.gpu.nvlink_gb_per_second * 1e9 * efficiency.link)
+        inside_bytes = num_bytes * (near - 1) / group
+        if self.options.dispatch_once_per_node:
+            ranks_of_token = (near - 1) * (1 - (1 - 1 / group) ** copies_per_token)
+            inside_bytes = min(inside_bytes, num_bytes / copies_per_token * ranks_of_token)
+        inside = inside_bytes / (self.gpu.nvlink_gb_per_second * 1e9 * efficiency.link)
         sent = num_bytes * (group - near) / group
         if self.options.dispatch_once_per_node:
             num_nodes = group / near
@@ -260,9 +269,9 @@ def _linear(machine: Machine, rows: float, columns: float, depth: float, count: 
     weight_grad += machine.stream(count * 2 * machine.options.grad_bytes * columns * depth, 0)
     if machine.options.precision == "bf16":
         return _Part(Seconds(matmul=forward), Seconds(matmul=input_grad + weight_grad))
-    # Each operand is read in bf16 and written in fp8, as it is and transposed.
-    cast_forward = machine.stream(4 * count * depth * (rows + columns), 2)
-    cast_backward = machine.stream(4 * count * rows * columns)
+    # The input, and the gradient of the output, are read in bf16 and written in fp8, as they are and transposed; weights once a step.
+    cast_forward = machine.stream(4 * count * rows * depth, int(count))
+    cast_backward = machine.stream(4 * count * rows * columns, int(count))
     return _Part(Seconds(matmul=forward, memory=cast_forward), Seconds(matmul=input_grad + weight_grad, memory=cast_backward))
 
 
@@ -365,7 +374,8 @@ def _experts(machine: Machine, shape: ModelShape, cut: Cut, num_tokens: float) -
     )
     parts = {
         "router": _merge(
-            _linear(machine, own_tokens, experts.num_experts, hidden), _passes(machine, own_tokens * experts.num_experts * 24, 12)
+            _linear(machine.in_bf16(), own_tokens, experts.num_experts, hidden),
+            _passes(machine, own_tokens * experts.num_experts * 24, 12),
         ),
         "experts": _merge(
             _linear(machine, rows, halves * width, hidden, num_local),
@@ -389,7 +399,8 @@ def _experts(machine: Machine, shape: ModelShape, cut: Cut, num_tokens: float) -
 
 @lru_cache(maxsize=20_000)
 def head_seconds(machine: Machine, shape: ModelShape, cut: Cut, num_tokens: float) -> LayerSeconds:
-    """LM head and loss: the product, and four passes over fp32 logits."""
+    """LM head and loss, in bf16: the product, and four passes over fp32 logits."""
+    machine = machine.in_bf16()
     vocab = shape.vocab_size / cut.tensor
     part = _merge(
         _linear(machine, num_tokens, vocab, shape.hidden_size),

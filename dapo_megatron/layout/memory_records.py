@@ -23,8 +23,17 @@ class Precision:
     """The optimizer's own copy of the weights; 0: none (weights in fp32)."""
     moment_bytes: int = 4
     """Each of Adam's two moments; 2 with a precision-aware optimizer in bf16."""
+    linear_weight_bytes: float | None = None
+    """Of a linear layer's weight in all its copies. None: `weight_bytes`. fp8 data and transpose 2; both beside the bf16 weight 4."""
+    linear_input_bytes: float | None = None
+    """Of what a linear layer keeps of its input for the gradient of its weight. None: `activation_bytes`. 1 in fp8."""
     kv_cache_bytes: int = 2
     engine_weight_bytes: int = 2
+
+    @property
+    def linear_copy_bytes(self) -> float:
+        """Of a linear layer's weight, on top of the weight itself."""
+        return 0.0 if self.linear_weight_bytes is None else self.linear_weight_bytes - self.weight_bytes
 
 
 @dataclass(frozen=True, slots=True)

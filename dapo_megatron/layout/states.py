@@ -190,14 +190,16 @@ def _states(
     sharded = distributed or options.fully_sharded
     shard = dense / num_shards + expert / num_expert_shards if sharded else dense + expert
     optimizer = shard * (precision.master_bytes + 2 * precision.moment_bytes)
+    in_linear_layers: float = unit.in_layers
     whole_weights = whole_grads = 0
     if options.fully_sharded:
         # Whole are the layer at work, the next one, embedding and LM head; and the gradient of one of these.
         held, ends = shard, dense + expert - unit.in_layers
         whole_weights, whole_grads = 2 * unit.largest_layer + ends, max(unit.largest_layer, ends // 2)
+        in_linear_layers = unit.in_layers * shard / (dense + expert) + 2 * unit.largest_layer
     return StageStates(
         num_params=dense + expert,
-        weight_bytes=precision.weight_bytes * (held + whole_weights),
+        weight_bytes=precision.weight_bytes * (held + whole_weights) + precision.linear_copy_bytes * in_linear_layers,
         grad_bytes=precision.grad_bytes * (held + whole_grads),
         optimizer_bytes=optimizer * (1 - offload_fraction),
         host_optimizer_bytes=optimizer * offload_fraction,

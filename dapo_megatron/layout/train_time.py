@@ -239,7 +239,7 @@ def _data_parallel(machine: Machine, layout: Layout, parameters: RankParameters,
     seconds += machine.collective(
         num_bytes * parameters.expert, expert_copies, layout.expert_parallel_size * layout.expert_tensor_parallel_size
     )
-    if not options.overlap_data_parallel:
+    if not (options.overlap_data_parallel or options.fully_sharded):
         return seconds
     # Reduction runs beside one backward pass, gathering beside one forward pass; the first bucket of each is waited for.
     beside = stage.total * (num_micro_batches if options.fully_sharded else 1)
@@ -259,6 +259,8 @@ def _optimizer(machine: Machine, layout: Layout, parameters: RankParameters) -> 
     on_host = owned * layout.optimizer_offload_fraction
     seconds = machine.stream((owned - on_host) * OPTIMIZER_BYTES_PER_PARAMETER, 20)
     seconds += machine.stream(4 * parameters.total)  # gradients set to zero
+    if machine.options.precision == "fp8":
+        seconds += machine.stream(4 * parameters.total)  # weights read in bf16, written in fp8 as they are and transposed
     if on_host:
         transfer = on_host * (machine.options.grad_bytes + 2) / (machine.gpu.pcie_gb_per_second * 1e9)
         seconds += transfer + on_host / HOST_ADAM_PARAMETERS_PER_SECOND

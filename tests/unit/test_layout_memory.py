@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from dapo_megatron.layout.activations import layer_activations
 from dapo_megatron.layout.engine_memory import engine_memory, kv_elements_per_token
 from dapo_megatron.layout.fit import reason_not_fitting
 from dapo_megatron.layout.in_flight import passes_in_flight
@@ -102,6 +103,38 @@ def test_bf16_moments_and_offload_leave_the_device():
 )
 def test_passes_in_flight(stage, stages, chunks, micro_batches, passes):
     assert passes_in_flight(stage, stages, chunks, micro_batches) == passes
+
+
+@pytest.mark.parametrize("config", [QWEN3_8B, LLAMA3_70B, MIXTRAL_8X7B, QWEN3_235B_A22B, DEEPSEEK_V3])
+def test_fp8_halves_what_linear_layers_keep_and_copies_their_weights(config):
+    shape, layout = ModelShape.from_hf(config), Layout(data_parallel_size=8, max_tokens_per_micro_batch=4096)
+    bf16, beside, alone = (
+        MemoryOptions(precision=precision)
+        for precision in (
+            Precision(),
+            Precision(linear_weight_bytes=4, linear_input_bytes=1),
+            Precision(linear_weight_bytes=2, linear_input_bytes=1),
+        )
+    )
+    states = [stage_states(shape, layout, options)[0] for options in (bf16, beside, alone)]
+    in_layers = num_params(shape) - 2 * shape.vocab_size * shape.hidden_size
+    assert states[1].weight_bytes - states[0].weight_bytes == pytest.approx(2 * in_layers, rel=1e-3)
+    assert states[2].weight_bytes == states[0].weight_bytes and states[1].optimizer_bytes == states[0].optimizer_bytes
+    kinds = set(shape.moe_layers)
+    kept = [
+        [layer_activations(shape, has_experts, layout, options).kept for has_experts in sorted(kinds)]
+        for options in (bf16, alone)
+    ]
+    assert all(0.6 * high < low < 0.95 * high for high, low in zip(*kept, strict=True))
+
+
+def test_fp8_copies_of_a_fully_sharded_model_are_sharded_too():
+    shape, layout = ModelShape.from_hf(LLAMA3_70B), Layout(data_parallel_size=64)
+    weights = [
+        stage_states(shape, layout, MemoryOptions(fully_sharded=True, precision=precision))[0].weight_bytes
+        for precision in (Precision(), Precision(linear_weight_bytes=4, linear_input_bytes=1))
+    ]
+    assert 1 < weights[1] / weights[0] < 1.7
 
 
 def test_less_is_kept_the_more_is_recomputed():

@@ -10,8 +10,8 @@ import pytest
 from dapo_megatron.layout.calibration import Calibration
 from dapo_megatron.layout.flops import forward_flops, training_flops, training_flops_per_token
 from dapo_megatron.layout.hardware import gpu_named
-from dapo_megatron.layout.layer_time import Machine, TimeOptions
-from dapo_megatron.layout.layout import FULL_RECOMPUTE, EngineLayout, Layout, Recompute
+from dapo_megatron.layout.layer_time import Cut, Machine, TimeOptions, head_seconds, layer_seconds
+from dapo_megatron.layout.layout import FULL_RECOMPUTE, NO_RECOMPUTE, EngineLayout, Layout, Recompute
 from dapo_megatron.layout.model_shape import Experts, GroupedQueryAttention, LatentAttention, ModelShape
 from dapo_megatron.layout.rollout_time import rollout_seconds
 from dapo_megatron.layout.step_time import step_time
@@ -140,6 +140,40 @@ def test_overlapped_gradients_wait_only_for_what_a_pass_does_not_cover():
     exposed = update_seconds(H100, DENSE, layout, BATCHES).data_parallel
     overlapped = update_seconds(Machine(H100.gpu, TimeOptions(overlap_data_parallel=True)), DENSE, layout, BATCHES).data_parallel
     assert 0 < overlapped <= 0.06 * exposed
+
+
+def test_fully_sharded_states_are_gathered_beside_other_layers():
+    layout = Layout(data_parallel_size=16)
+    plain, overlapped = (
+        update_seconds(
+            replace(H100, options=TimeOptions(fully_sharded=True, overlap_data_parallel=overlap)), DENSE, layout, BATCHES
+        )
+        for overlap in (False, True)
+    )
+    assert plain == overlapped
+
+
+def test_fp8_weights_are_cast_once_a_step():
+    fp8 = replace(H100, options=TimeOptions(precision="fp8"))
+    once, twice = (update_seconds(fp8, DENSE, Layout(), MicroBatches(count, 1024, 1024)) for count in (1, 2))
+    assert once.optimizer == twice.optimizer > update_seconds(H100, DENSE, Layout(), BATCHES).optimizer
+    assert 2 * once.forward.memory == pytest.approx(twice.forward.memory)
+
+
+def test_fp8_leaves_head_and_attention_in_bf16():
+    fp8 = replace(H100, options=TimeOptions(precision="fp8"))
+    cut = Cut.of(Layout())
+    assert head_seconds(fp8, DENSE, cut, 4096) == head_seconds(H100, DENSE, cut, 4096)
+    layers = [layer_seconds(machine, DENSE, cut, False, 4096, 4096, NO_RECOMPUTE).forward for machine in (fp8, H100)]
+    assert layers[0].attention == layers[1].attention and layers[0].matmul < 0.65 * layers[1].matmul
+
+
+def test_dispatch_once_per_node_sends_a_token_once_to_every_rank_within_the_node():
+    once = replace(H100, options=TimeOptions(dispatch_once_per_node=True))
+    rate = H100.gpu.nvlink_gb_per_second * 1e9 * H100.efficiency.link
+    ranks = 7 * (1 - (7 / 8) ** 8)  # of the other seven, with eight experts drawn at random
+    assert once.all_to_all(8e9, 8, 8) == pytest.approx(1e9 * ranks / rate, rel=1e-3)
+    assert H100.all_to_all(8e9, 8, 8) == pytest.approx(7e9 / rate, rel=1e-3)
 
 
 def test_optimizer_on_the_host_is_slower_and_sharded_states_are_faster():

@@ -7,8 +7,10 @@ from statistics import mean
 
 import pytest
 
-from benchmarks.layout_rows import FACTS, Refusal, inputs_of, read_rows
+from benchmarks.layout_rows import FACTS, HELD_OUT, Refusal, inputs_of, read_rows
 from benchmarks.planner import score_fit, score_memory
+from benchmarks.planner_time import score_flops
+from dapo_megatron.layout.memory_records import Precision
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "layouts.csv"
 ROWS = {row["id"]: row for row in read_rows(FACTS)}
@@ -88,7 +90,49 @@ def test_settings_of_a_row_reach_the_planner():
     assert inputs.layout.recompute.modules == {"mlp", "moe_act"}
     assert inputs.layout.optimizer_offload_fraction == 0.5 and inputs.layout.context_parallel_size == 2
     assert inputs.options.precision.grad_bytes == 2 and inputs.shape.num_mtp_layers == 1
-    assert inputs.options.layers == ((range(16), range(31, 46)), (range(16, 31), range(46, 61)))
+    assert inputs.options.layers == ((range(16), range(32, 47)), (range(16, 32), range(47, 61)))  # and a layer of MTP behind them
+
+
+@pytest.mark.parametrize(
+    "changes, precision",
+    [
+        ({}, Precision()),
+        ({"precision": "fp8"}, Precision(linear_weight_bytes=4, linear_input_bytes=1)),
+        ({"precision": "fp8", "note": "fp8 weights"}, Precision(linear_weight_bytes=2, linear_input_bytes=1)),
+        (
+            {"precision": "mxfp8", "source": "Megatron-Bridge"},
+            Precision(linear_weight_bytes=2 + 1 / 16, linear_input_bytes=1 + 1 / 32),
+        ),
+        ({"note": "bf16 grads, bf16 moments"}, Precision(grad_bytes=2, moment_bytes=2)),
+        ({"note": "precision-aware optimizer"}, Precision(moment_bytes=2)),
+    ],
+)
+def test_precision_of_a_row(changes, precision):
+    assert inputs_of(ROWS["281"] | changes).options.precision == precision
+
+
+def test_precision_whose_copies_are_not_known_is_refused():
+    with pytest.raises(Refusal, match="precision nvfp4"):
+        inputs_of(ROWS["281"] | {"precision": "nvfp4"})
+
+
+def test_embedding_and_loss_count_as_layers_where_that_makes_chunks_equal():
+    """Llama 3.1 405B, 126 layers in 16 stages of 8 chunks."""
+    row = ROWS["281"] | {"model": "Llama 3.1 405B", "num_layers": "126", "gpus": "128", "pp": "16", "vpp": "8", "gbs": "128"}
+    layers = inputs_of(row).options.layers
+    assert layers is not None and [len(chunk) for chunk in layers[0]] == [0, *[1] * 7]
+    assert [len(chunk) for chunk in layers[-1]] == [*[1] * 7, 0] and layers[-1][6] == range(110, 111)
+
+
+def test_rows_that_nothing_was_fitted_to():
+    """Megatron Bridge, Megatron MoE Model Zoo and issues: FLOPs as published, memory near, and what ran out of memory does not fit."""
+    rows = read_rows(HELD_OUT)
+    scores, refused = score_memory(rows)
+    assert len(scores) == 4 and not refused and max(abs(score.error) for score in scores) <= 0.06
+    flops = [abs(score.error) for score in score_flops(rows)]
+    assert len(flops) >= 48 and max(flops) <= 0.01
+    fit = score_fit(rows)
+    assert fit.num_out_of_memory == 2 and not fit.called_fitting
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from statistics import mean, median
 
 import pytest
 
-from benchmarks.layout_rows import FACTS, read_rows
+from benchmarks.layout_rows import FACTS, HELD_OUT, read_rows
 from benchmarks.planner_fit import fit
 from benchmarks.planner_time import TimeScore, gpu_of, regrets, score_flops, timed_rows
 from dapo_megatron.layout.flops import training_flops_per_token
@@ -87,3 +87,18 @@ def test_low_precision_is_faster_by_less_than_the_peaks():
 def test_device_of_a_row(name, known):
     gpu = gpu_of(name)
     assert (gpu and gpu.name) == known
+
+
+def test_device_with_another_memory_than_the_tables():
+    gpu, full = gpu_of("A100-40"), gpu_of("A100-80")
+    assert gpu is not None and full is not None and gpu.memory_mib == 40 * 1024
+    assert gpu.bf16_tflops == full.bf16_tflops and gpu.name != full.name
+
+
+def test_step_times_that_nothing_was_fitted_to():
+    """H100 alone: GB200 and GB300 have the shares of an 8-GPU B200 box. In fp8 the hosts of Qwen3-30B-A3B are slower than its GPUs."""
+    scores = [score for score in _scores(read_rows(HELD_OUT)) if score.inputs.gpu == "H100-80"]
+    host_bound = [score for score in scores if score.inputs.model == "Qwen3_30B_a3B"]
+    errors = [abs(score.error) for score in scores if score not in host_bound]
+    assert len(errors) >= 17 and median(errors) <= 0.12 and max(errors) <= 0.31
+    assert all(score.error < -0.1 for score in host_bound)
