@@ -340,10 +340,13 @@ def plan(
         int | None, typer.Option("--gpus", min=1, help="All GPUs. Default: as many as the configuration takes.")
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option("--gpu", help="a100-80, h100-80, h200, h20, b200, gb200. Default: cluster.gpu.")
+        str | None, typer.Option("--gpu", help="a100-80, h100-80, h200, h20, b200, gb200, ... Default: cluster.gpu.")
     ] = None,
     gpu_file: Annotated[
-        Path | None, typer.Option("--gpu-file", help="GPUs of your own, in the form of dapo_megatron/layout/gpus.yaml.")
+        Path | None,
+        typer.Option(
+            "--gpu-file", help="GPUs of your own, in the form of dapo_megatron/layout/gpus.yaml. Default: cluster.gpu_file."
+        ),
     ] = None,
     gpus_per_node: Annotated[
         int | None, typer.Option("--gpus-per-node", min=1, help="GPUs that share a host. Default: slurm.gpus_per_node, 8.")

@@ -170,6 +170,7 @@ def request_of(command: PlanCommand, planned: Planned) -> PlanRequest:
         gpu=gpu,
         num_gpus=num_gpus,
         num_rollout_gpus=rollout_gpus,
+        gpu_file=_gpu_file(command, config),
         gpus_per_node=per_node,
         only_runnable=not command.include_unrunnable,
         top=command.top,
@@ -229,16 +230,24 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _gpu(command: PlanCommand, config: Config | None) -> Gpu:
-    own = {} if command.gpu_file is None else read_gpus(command.gpu_file)
+    file = _gpu_file(command, config)
+    own = {} if file is None else read_gpus(file)
+    configured_name = None if config is None or config.cluster.gpu is None else config.cluster.gpu.lower()
     if command.gpu is not None:
         return gpu_named(command.gpu, own)
+    if configured_name in own:
+        return own[configured_name]
+    if command.gpu_file is not None and len(own) == 1:
+        return next(iter(own.values()))
     configured = None if config is None else gpu_of(config)
     if configured is not None:
         return configured
-    if len(own) == 1:
-        return next(iter(own.values()))
     where = "" if config is None else " or cluster.gpu in the configuration"
     raise ConfigError(f"--gpu is missing: say which GPU, {', '.join({**known_gpus(), **own})}{where}.")
+
+
+def _gpu_file(command: PlanCommand, config: Config | None) -> Path | None:
+    return command.gpu_file or (None if config is None else config.cluster.gpu_file)
 
 
 def _device_problems(num_gpus: int, per_node: int, rollout_gpus: int | None) -> list[str]:

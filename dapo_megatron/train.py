@@ -125,8 +125,8 @@ def check(config: Config) -> tuple[PromptSet, PromptSet | None]:
 
 
 def check_fit(config: Config, console: Console, *, strict: bool) -> None:
-    """A warning when the planner finds that the run will not fit on the GPU of `cluster.gpu`; ConfigError with `strict`."""
-    if config.cluster.gpu is None:
+    """A warning when the planner finds that the run will not fit on the GPU of `cluster.gpu` or `gpu_file`; ConfigError with `strict`."""
+    if config.cluster.gpu is None and config.cluster.gpu_file is None:
         return
     from dapo_megatron.layout.from_config import fit_problem
 

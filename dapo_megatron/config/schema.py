@@ -398,6 +398,8 @@ class ClusterConfig(Section):
     gpu: str | None = None
     """Kind of GPU the run gets, as `dapo-megatron plan --gpu` names it (h100-80): what will not fit on it is said before anything
     starts. None: not checked."""
+    gpu_file: Path | None = None
+    """YAML file with GPUs of your own, in the form of dapo_megatron/layout/gpus.yaml; its names may stand in gpu, and with one entry need not."""
     startup_deadline_seconds: float = Field(600.0, gt=0)
     """Longest time for ranks and engines to come up."""
     phase_deadline_seconds: float | None = Field(None, gt=0)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from dapo_megatron.config.schema import ActorConfig, Config, SglangEngineConfig
-from dapo_megatron.layout.hardware import Gpu, gpu_named
+from dapo_megatron.layout.hardware import Gpu, gpu_named, read_gpus
 from dapo_megatron.layout.layout import EngineLayout, Layout, Recompute
 from dapo_megatron.layout.model_shape import ModelShape
 from dapo_megatron.layout.plan import PlanRequest, Rejection
@@ -80,6 +80,7 @@ def request_of(config: Config, hf_config: Mapping[str, Any], gpu: Gpu) -> PlanRe
         gpu=gpu,
         num_gpus=config.actor.world_size + (engines or 0),
         num_rollout_gpus=engines,
+        gpu_file=config.cluster.gpu_file,
         **dtypes_of(config),
     )
 
@@ -90,25 +91,38 @@ def dtypes_of(config: Config) -> dict[str, Any]:
     return {"dtype": config.model.dtype, "engine_dtype": engine.dtype if isinstance(engine, SglangEngineConfig) else "bf16"}
 
 
+def own_gpus(config: Config) -> dict[str, Gpu]:
+    """The entries of `cluster.gpu_file`; none without one. ConfigError for a file that cannot be used."""
+    return {} if config.cluster.gpu_file is None else read_gpus(config.cluster.gpu_file)
+
+
 def gpu_of(config: Config) -> Gpu | None:
-    """The device that `cluster.gpu` names; None where it names none. ConfigError for an unknown name."""
+    """The device that `cluster.gpu` names, or the only one of `cluster.gpu_file`; None where neither is given. ConfigError for an
+    unknown name.
+    """
+    own = own_gpus(config)
     if config.cluster.gpu is None:
-        return None
+        if len(own) > 1:
+            raise ConfigError(
+                f"cluster.gpu is missing: cluster.gpu_file ({config.cluster.gpu_file}) has {', '.join(own)}; name one."
+            )
+        return next(iter(own.values()), None)
     try:
-        return gpu_named(config.cluster.gpu)
+        return gpu_named(config.cluster.gpu, own)
     except ConfigError as error:
-        raise ConfigError([problem.replace("--gpu ", "cluster.gpu ", 1) for problem in error.problems]) from None
+        words = (problem.replace("--gpu ", "cluster.gpu ", 1) for problem in error.problems)
+        raise ConfigError([problem.replace("given with --gpu-file", "named by cluster.gpu_file") for problem in words]) from None
 
 
 def fit_problem(config: Config, hf_config: Mapping[str, Any]) -> str | None:
-    """Why this run will not fit on the devices of `cluster.gpu`, in one sentence; None when it will, or when none is named."""
+    """Why this run will not fit on the devices that its configuration names, in one sentence; None when it will, or when none is named."""
     gpu = gpu_of(config)
     if gpu is None:
         return None
     found = evaluate(request_of(config, hf_config, gpu), layout_of(config))
     if not isinstance(found, Rejection) or found.kind not in ("memory", "host_memory"):
         return None
-    return f"this run will not fit on {config.cluster.gpu}: {found.reason}"
+    return f"this run will not fit on {config.cluster.gpu or gpu.name}: {found.reason}"
 
 
 def _recompute(actor: ActorConfig) -> Recompute:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dapo_megatron.layout.layout import Layout
@@ -35,6 +36,8 @@ class PlanRequest:
     """All devices, of actor and engines."""
     num_rollout_gpus: int | None = None
     """Devices for engines alone. None: colocated."""
+    gpu_file: Path | None = None
+    """YAML file that describes `gpu`, where it is not one of `hardware.known_gpus`."""
     gpus_per_node: int = 8
     """Devices that share a host's memory and its NVLink."""
     dtype: Dtype = "bf16"

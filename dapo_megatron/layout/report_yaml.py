@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from dapo_megatron.layout.hardware import known_gpus
+from dapo_megatron.layout.hardware import known_gpus, read_gpus
 from dapo_megatron.layout.layout import EngineLayout, Layout, Recompute
 from dapo_megatron.layout.plan import PlanRequest
 
@@ -21,11 +21,18 @@ def settings_of(layout: Layout, request: PlanRequest) -> dict[str, Any]:
     if layout.engine is not None:
         tree["rollout"] = _engines(layout.engine)
         tree["cluster"]["placement"] = "colocated" if layout.engine.colocated else "split"
-    tree["cluster"]["gpu"] = next((name for name, gpu in known_gpus().items() if gpu == request.gpu), None)
+    tree["cluster"] |= _gpu(request)
     per_node = min(request.gpus_per_node, request.num_gpus)
     tree["cluster"]["tensor_parallel_across_nodes"] = layout.tensor_parallel_size > per_node  # within one NVLink domain
     tree["slurm"] = {"nodes": request.num_gpus // per_node, "gpus_per_node": per_node}
     return tree
+
+
+def _gpu(request: PlanRequest) -> dict[str, str | None]:
+    own = {} if request.gpu_file is None else read_gpus(request.gpu_file)
+    by_name = {**known_gpus(), **own}
+    name = next((name for name, gpu in by_name.items() if gpu == request.gpu), None)
+    return {"gpu": name, "gpu_file": str(request.gpu_file) if name in own else None}
 
 
 def yaml_of(layout: Layout, request: PlanRequest, comments: tuple[str, ...] = ()) -> str:

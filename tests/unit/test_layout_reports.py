@@ -16,13 +16,13 @@ from dapo_megatron.config.checks import check_layout
 from dapo_megatron.config.load import load_config
 from dapo_megatron.config.schema import Config
 from dapo_megatron.layout.explain import matching, parse_sizes
-from dapo_megatron.layout.from_config import fit_problem, layout_of, request_of, workload_of
+from dapo_megatron.layout.from_config import fit_problem, gpu_of, layout_of, request_of, workload_of
 from dapo_megatron.layout.hardware import gpu_named
 from dapo_megatron.layout.layout import EngineLayout, Layout, Recompute
 from dapo_megatron.layout.memory import plan_memory
 from dapo_megatron.layout.plan import Candidate, PlanRequest
 from dapo_megatron.layout.report_figures import wrapped
-from dapo_megatron.layout.report_yaml import actor_overrides, yaml_of
+from dapo_megatron.layout.report_yaml import actor_overrides, settings_of, yaml_of
 from dapo_megatron.layout.search import evaluate, memory_options, plan
 from dapo_megatron.train import check_fit
 from dapo_megatron.types import ConfigError
@@ -157,6 +157,53 @@ def test_weights_and_activations_in_fp32_take_their_bytes():
 def test_unknown_gpu_of_a_configuration_is_called_by_its_setting():
     with pytest.raises(ConfigError, match=r"^cluster\.gpu \(h10-80\) must be one of .* did you mean h100-80"):
         fit_problem(config_of({"cluster": {"gpu": "h10-80"}}), QWEN2_5_32B)
+
+
+OWN_GPUS = """
+tiny: &tiny
+  name: Tiny card
+  memory_mib: 16384
+  hbm_gb_per_second: 500
+  bf16_tflops: 60
+  nvlink_gb_per_second: 30
+  internode_gb_per_second: 3
+  pcie_gb_per_second: 15
+  source: made up
+"""
+
+
+def test_gpu_of_a_file_stands_in_a_configuration(tmp_path: Path):
+    file = tmp_path / "gpus.yaml"
+    file.write_text(OWN_GPUS)
+    named, alone = (config_of({"cluster": cluster | {"gpu_file": file}}) for cluster in ({"gpu": "Tiny"}, {}))
+    for config, words in ((named, "on Tiny: "), (alone, "on Tiny card: ")):
+        gpu = gpu_of(config)
+        assert gpu is not None and gpu.memory_mib == 16384
+        problem = fit_problem(config, QWEN2_5_32B)
+        assert problem is not None and words in problem and "of 17.2 GB" in problem
+    other = gpu_of(config_of({"cluster": {"gpu": "h200", "gpu_file": file}}))
+    assert other is not None and other.memory_mib == 143771
+    asked = gpu_of(named)
+    assert asked is not None
+    assert settings_of(LAYOUTS[0], request_of(named, QWEN2_5_32B, asked))["cluster"] == {
+        "gpu": "tiny",
+        "gpu_file": str(file),
+    }
+
+
+@pytest.mark.parametrize(
+    "more, cluster, words",
+    [
+        ("", {"gpu": "tyny"}, r"^cluster\.gpu \(tyny\) must be one of .*named by cluster\.gpu_file; did you mean tiny"),
+        ("other: *tiny\n", {}, r"cluster\.gpu is missing: cluster\.gpu_file \(.*gpus\.yaml\) has tiny, other; name one\."),
+        ("third: 3\n", {"gpu": "tiny"}, "third in .* must map fields to values"),
+    ],
+)
+def test_gpu_file_of_a_configuration_that_cannot_be_used_is_refused_in_words(tmp_path: Path, more, cluster, words):
+    file = tmp_path / "gpus.yaml"
+    file.write_text(OWN_GPUS + more)
+    with pytest.raises(ConfigError, match=words):
+        fit_problem(config_of({"cluster": cluster | {"gpu_file": file}}), QWEN2_5_32B)
 
 
 def test_check_warns_of_a_run_that_will_not_fit_and_refuses_it_when_strict(tmp_path: Path):

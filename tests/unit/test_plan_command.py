@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from dapo_megatron import cli
 from dapo_megatron.config.checks import check_layout
 from dapo_megatron.config.load import load_config, resolved_dict
-from dapo_megatron.layout.from_config import layout_of
+from dapo_megatron.layout.from_config import fit_problem, layout_of
+from dapo_megatron.layout.hardware import known_gpus
 from dapo_megatron.layout.search import plan
 from tests.published_configs import QWEN2_5_32B, QWEN3_8B, QWEN3_235B_A22B
 
@@ -200,6 +202,21 @@ def test_gpus_of_a_file_of_ones_own(monkeypatch, capsys, model, tmp_path):
     file.write_text(json.dumps({"half": fields}))
     assert call(monkeypatch, model, "--gpus", 8, "--gpu-file", file, "--top", 1, "--response-tokens", 8192) == 0
     assert "on 8 x Half an H200" in words(capsys)
+
+
+def test_gpu_of_a_file_goes_into_the_settings_that_are_written(monkeypatch, capsys, run_file, tmp_path):
+    file, layout = tmp_path / "gpus.yaml", tmp_path / "layout.yaml"
+    file.write_text(yaml.safe_dump({name: known_gpus()["h200"].model_dump() | {"name": name} for name in ("ours", "theirs")}))
+    assert (
+        call(monkeypatch, run_file, "--actor.num_ranks", 8, "--gpu", "ours", "--gpu-file", file, "--top", 1, "--write", layout)
+        == 0
+    )
+    config = load_config([run_file, layout])
+    assert (config.cluster.gpu, config.cluster.gpu_file) == ("ours", file) and fit_problem(config, QWEN3_8B) is None
+    assert call(monkeypatch, run_file, layout, "--top", 1) == 0
+    assert "on 8 x ours" in words(capsys)
+    assert call(monkeypatch, run_file, "--actor.num_ranks", 8, "--cluster.gpu", "theirs", "--gpu-file", file, "--top", 1) == 0
+    assert "on 8 x theirs" in words(capsys)
 
 
 def test_model_with_experts_is_planned_with_a_note(monkeypatch, capsys, tmp_path):
