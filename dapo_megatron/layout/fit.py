@@ -35,6 +35,10 @@ def _remedy(peak: PhaseMemory, layout: Layout, gpu_bytes: float) -> str:
     engine = peak.bytes_of("engine weights") + peak.bytes_of("KV cache")
     all_states = sum(states.values())
     largest = all_states if all_states > gpu_bytes else max(activations, all_states, head, workspace, engine)
+    if largest == engine and layout.embedded is not None:
+        less = "a smaller rollout.engine.max_batch_size" + (", or dtype bf16" if layout.embedded.element_bytes > 2 else "")
+        elsewhere = ", cluster.placement split" if layout.embedded.colocated else ""
+        return f"use {less}{elsewhere}, or rollout.engine.type sglang, whose engines share a model out and sleep."
     if largest == engine:
         if all_states and peak.phase == "rollout":
             return "swap weights and optimizer state out, or lower rollout.engine.mem_fraction_static."

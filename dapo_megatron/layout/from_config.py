@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from dapo_megatron.config.schema import ActorConfig, Config, SglangEngineConfig
+from dapo_megatron.config.schema import ActorConfig, Config, HfEngineConfig, SglangEngineConfig
 from dapo_megatron.layout.hardware import Gpu, gpu_named, read_gpus
-from dapo_megatron.layout.layout import EngineLayout, Layout, Recompute
+from dapo_megatron.layout.layout import EmbeddedEngine, EngineLayout, Layout, Recompute
 from dapo_megatron.layout.model_shape import ModelShape
 from dapo_megatron.layout.plan import PlanRequest, Rejection
 from dapo_megatron.layout.search import evaluate
@@ -38,7 +39,7 @@ def workload_of(config: Config) -> Workload:
 
 
 def layout_of(config: Config) -> Layout:
-    """The configured layout. The embedded engine is not planned: `engine` is None with it."""
+    """The configured layout. Its engines are left out where they are not the run's own."""
     actor = config.actor
     layout = Layout(
         tensor_parallel_size=actor.tensor_parallel_size,
@@ -58,6 +59,7 @@ def layout_of(config: Config) -> Layout:
         swap_parameters=actor.offload,
         log_prob_chunk_tokens=actor.log_prob_chunk_tokens,
         engine=_engines(config),
+        embedded=_embedded(config),
     )
     return replace(layout, num_micro_batches=micro_batches(workload_of(config), layout).num_micro_batches)
 
@@ -145,4 +147,22 @@ def _engines(config: Config) -> EngineLayout | None:
         num_engines=config.rollout.num_engines,
         colocated=config.cluster.placement == "colocated",
         **share,
+    )
+
+
+def _embedded(config: Config) -> EmbeddedEngine | None:
+    engine, count = config.rollout.engine, config.rollout.num_engines
+    if not isinstance(engine, HfEngineConfig):
+        return None
+    workload = workload_of(config)
+    in_work = engine.max_batch_size
+    if config.eval.path is None:  # held-out sets may have more prompts than a step
+        in_work = math.ceil(workload.num_samples_per_step * workload.over_sampling / count)
+    return EmbeddedEngine(
+        num_engines=count,
+        num_rows=min(engine.max_batch_size, in_work),
+        max_sequence_tokens=workload.max_sequence_tokens,
+        element_bytes=4 if engine.dtype == "fp32" else 2,
+        colocated=config.cluster.placement == "colocated",
+        has_own_process=config.cluster.backend == "ray",
     )

@@ -56,6 +56,23 @@ class EngineLayout:
 
 
 @dataclass(frozen=True, slots=True)
+class EmbeddedEngine:
+    """The rollout side without servers: `num_engines` whole models, each on one device, which they keep while the actor trains."""
+
+    num_engines: int = 1
+    num_rows: int = 256
+    """Sequences decoded together."""
+    max_sequence_tokens: int = 21504
+    """Of prompt and response."""
+    element_bytes: int = 4
+    """Of a weight and of a key."""
+    colocated: bool = True
+    """On the devices of actor ranks; False: on their own."""
+    has_own_process: bool = True
+    """False: in the rank's own process, whose allocator takes back what an idle engine does not need."""
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """The actor's ranks, and the engines where there are any. Rules of validity are in `config/checks.py`, not here."""
 
@@ -85,7 +102,8 @@ class Layout:
     log_prob_chunk_tokens: int = 1024
     """Tokens whose logits exist at the same time in the LM head."""
     engine: EngineLayout | None = None
-    """None: training only."""
+    """None: training only, or embedded engines."""
+    embedded: EmbeddedEngine | None = None
 
     @property
     def model_parallel_size(self) -> int:

@@ -8,12 +8,14 @@ published peaks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 from dapo_megatron.layout.activations import LayerActivations, layer_activations
+from dapo_megatron.layout.embedded_memory import EmbeddedMemory, embedded_memory
 from dapo_megatron.layout.engine_memory import CUDA_CONTEXT_BYTES, GIB, EngineMemory, engine_memory
 from dapo_megatron.layout.in_flight import passes_in_flight
-from dapo_megatron.layout.layout import Layout
+from dapo_megatron.layout.layout import EmbeddedEngine, Layout
 from dapo_megatron.layout.lm_head import HeadMemory, head_memory, log_prob_workspace
 from dapo_megatron.layout.memory_records import (
     DEFAULT_OPTIONS,
@@ -55,8 +57,9 @@ def plan_memory(
     states, layers = stage_states(shape, layout, options), stage_layers(shape, layout, options)
     engine = None if layout.engine is None else engine_memory(shape, layout.engine, options)
     colocated = engine if layout.engine is not None and layout.engine.colocated else None
+    embedded = None if layout.embedded is None else embedded_memory(shape, layout.embedded)
     stages = tuple(
-        StageMemory(stage, _phases(shape, layout, options, gpu_bytes, stage, states[stage], layers[stage], colocated))
+        StageMemory(stage, _phases(shape, layout, options, gpu_bytes, stage, states[stage], layers[stage], colocated, embedded))
         for stage in (range(layout.pipeline_parallel_size) if stages_asked is None else sorted(stages_asked))
     )
     own, kv_tokens = None, None
@@ -64,6 +67,8 @@ def plan_memory(
         pool = engine.kv_pool_bytes(layout.engine.mem_fraction_static, gpu_bytes)
         kv_tokens = int(pool / engine.kv_bytes_per_token)
         own = None if colocated else _engine_phase(engine, pool)
+    if embedded is not None and layout.embedded is not None and not layout.embedded.colocated:
+        own = _embedded_phase(embedded)
     return MemoryPlan(stages, _host_items(layout, options, states), _checkpoint(shape, layout, options), own, kv_tokens)
 
 
@@ -121,12 +126,19 @@ def _phases(
     states: StageStates,
     layers: StageLayers,
     engine: EngineMemory | None,
+    embedded: EmbeddedMemory | None,
 ) -> tuple[PhaseMemory, ...]:
-    asleep = [] if engine is None else [("engine asleep", engine.asleep_bytes)]
+    beside = [] if engine is None else [("engine asleep", engine.asleep_bytes)]
+    if embedded is not None and layout.embedded is not None and layout.embedded.colocated:
+        beside = _embedded_items(embedded, layout.embedded, layout.world_size)
     phases = [
-        _phase("train", [*_train(shape, layout, options, stage, states, layers), *asleep], layout),
-        _phase("log_probs", [*_log_probs(shape, layout, options, stage, states, layers), *asleep], layout),
+        _phase("train", [*_train(shape, layout, options, stage, states, layers), *beside], layout),
+        _phase("log_probs", [*_log_probs(shape, layout, options, stage, states, layers), *beside], layout),
     ]
+    if embedded is not None and layout.embedded is not None and layout.embedded.colocated:
+        while_busy = [] if layout.embedded.has_own_process else [("KV cache", embedded.cache_bytes)]
+        items = [*_resident(layout, states), *beside, *while_busy, ("engine workspace", embedded.workspace_bytes)]
+        phases.append(_phase("rollout", items, layout))
     if engine is not None and layout.engine is not None:
         resident = _resident(layout, states)
         pool = engine.kv_pool_bytes(layout.engine.mem_fraction_static, gpu_bytes)
@@ -150,7 +162,7 @@ def _phases(
                     *resident[1:],
                     ("engine weights", engine.weight_bytes),
                     ("weight buckets", 2 * options.weight_bucket_bytes),
-                    *asleep,
+                    *beside,
                 ],
                 layout,
             ),
@@ -228,6 +240,26 @@ def _log_probs(
         ("forward workspace", forward),
         ("LM head and loss", max(0.0, head - forward)),
     ]
+
+
+def _embedded_items(memory: EmbeddedMemory, engine: EmbeddedEngine, num_ranks: int) -> list[tuple[str, float]]:
+    """What the embedded engines on a rank's device take of it all the time."""
+    per_device = math.ceil(engine.num_engines / num_ranks)
+    items = [("engine weights", per_device * memory.weight_bytes)]
+    if engine.has_own_process:
+        items += [("KV cache", per_device * memory.cache_bytes), ("engine context", float(per_device * CUDA_CONTEXT_BYTES))]
+    return items
+
+
+def _embedded_phase(memory: EmbeddedMemory) -> PhaseMemory:
+    items = [
+        ("engine weights", memory.weight_bytes),
+        ("KV cache", memory.cache_bytes),
+        ("engine workspace", memory.workspace_bytes),
+        (OUTSIDE, CUDA_CONTEXT_BYTES),
+        (MARGIN, MARGIN_BYTES),
+    ]
+    return PhaseMemory("rollout", tuple(MemoryItem(name, round(num_bytes)) for name, num_bytes in items))
 
 
 def _engine_phase(engine: EngineMemory, pool: float) -> PhaseMemory:

@@ -10,7 +10,7 @@ from dapo_megatron.layout.activations import layer_activations
 from dapo_megatron.layout.engine_memory import engine_memory, kv_elements_per_token
 from dapo_megatron.layout.fit import reason_not_fitting
 from dapo_megatron.layout.in_flight import passes_in_flight
-from dapo_megatron.layout.layout import FULL_RECOMPUTE, EngineLayout, Layout, Recompute
+from dapo_megatron.layout.layout import FULL_RECOMPUTE, EmbeddedEngine, EngineLayout, Layout, Recompute
 from dapo_megatron.layout.memory import engine_room_bytes, plan_memory, train_allocated_bytes
 from dapo_megatron.layout.memory_records import MemoryOptions, Precision
 from dapo_megatron.layout.model_shape import ModelShape
@@ -198,6 +198,40 @@ def test_kv_groups_are_repeated_on_more_ranks_than_groups():
     assert kv_elements_per_token(shape, 8) == kv_elements_per_token(shape, 16)
     latent = ModelShape.from_hf(DEEPSEEK_V3)
     assert kv_elements_per_token(latent, 1) == kv_elements_per_token(latent, 16)
+
+
+def test_embedded_engine_holds_a_whole_model_and_its_batch_all_the_time():
+    shape = ModelShape.from_hf(QWEN3_8B)
+    alone = Layout(data_parallel_size=4, max_tokens_per_micro_batch=4096)
+    engine = EmbeddedEngine(num_engines=6, num_rows=64, max_sequence_tokens=2048, element_bytes=2)
+    weights, cache = 2 * num_params(shape), 64 * 2048 * 144 * 1024
+    plain, beside = plan_memory(shape, alone, H100), plan_memory(shape, replace(alone, embedded=engine), H100)
+    for before, after in zip(
+        plain.stages[0].phases, beside.stages[0].phases, strict=False
+    ):  # two engines on the fullest of four GPUs
+        assert after.total_bytes - before.total_bytes == pytest.approx(2 * (weights + cache + 0.6 * GIB), rel=1e-6)
+    rollout = beside.stages[0].phases[-1]
+    assert rollout.phase == "rollout" and rollout.bytes_of("KV cache") == 2 * cache and rollout.bytes_of("engine workspace")
+    assert beside.engine is None and beside.kv_cache_tokens is None
+
+
+def test_embedded_engine_of_the_ranks_own_process_gives_its_cache_back():
+    shape = ModelShape.from_hf(LLAMA3_2_1B)
+    engine = EmbeddedEngine(num_rows=64, max_sequence_tokens=2048, has_own_process=False)
+    train, *_, rollout = plan_memory(shape, Layout(embedded=engine), H100).stages[0].phases
+    assert not train.bytes_of("KV cache") and not train.bytes_of("engine context") and train.bytes_of("engine weights")
+    assert rollout.bytes_of("KV cache") == 4 * 64 * 2048 * 2 * 16 * 8 * 64
+
+
+def test_embedded_engine_on_a_gpu_of_its_own_has_its_own_account():
+    engine = EmbeddedEngine(num_rows=256, max_sequence_tokens=4096, colocated=False)
+    memory = plan_memory(ModelShape.from_hf(DEEPSEEK_V3), Layout(embedded=engine), H100)
+    assert memory.engine is not None and memory.engine.bytes_of("engine weights") == 4 * num_params(
+        ModelShape.from_hf(DEEPSEEK_V3)
+    )
+    # Heads are unfolded: 128 keys of 192 and values of 128 a layer.
+    assert memory.engine.bytes_of("KV cache") == 4 * 256 * 4096 * 61 * 128 * (192 + 128)
+    assert not any(phase.bytes_of("engine weights") for phase in memory.stages[0].phases)
 
 
 def test_engine_weights_are_the_models():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from dapo_megatron.config.schema import Config
 from dapo_megatron.layout.explain import matching, parse_sizes
 from dapo_megatron.layout.from_config import fit_problem, gpu_of, layout_of, request_of, workload_of
 from dapo_megatron.layout.hardware import gpu_named
-from dapo_megatron.layout.layout import EngineLayout, Layout, Recompute
+from dapo_megatron.layout.layout import EmbeddedEngine, EngineLayout, Layout, Recompute
 from dapo_megatron.layout.memory import plan_memory
 from dapo_megatron.layout.plan import Candidate, PlanRequest
 from dapo_megatron.layout.report_figures import wrapped
@@ -56,7 +57,8 @@ def test_layout_comes_back_from_the_settings_written_for_it(layout: Layout, tmp_
     base.write_text(yaml.safe_dump(BASE | {"actor": {"recompute": "full", "offload": True, "pipeline_parallel_size": 16}}))
     file.write_text(yaml_of(layout, request(), comments=("a layout",)))
     found = layout_of(load_config([base, file]))
-    assert replace(found, num_micro_batches=1) == layout
+    embedded = None if layout.engine else found.embedded  # the engine of a run that says nothing of engines
+    assert replace(found, num_micro_batches=1) == replace(layout, embedded=embedded)
     assert layout_of(load_config([base], actor_overrides(layout))).tensor_parallel_size == layout.tensor_parallel_size
 
 
@@ -124,9 +126,45 @@ def test_run_that_fits_or_whose_gpu_is_unknown_is_not():
         "sequence_parallel": True,
         "recompute": "full",
     }
-    config = config_of({"cluster": {"gpu": "h200"}, "actor": fits | {"max_tokens_per_micro_batch": 24576}})
-    assert fit_problem(config, QWEN2_5_32B) is None
+    tree = {"cluster": {"gpu": "h200"}, "actor": fits | {"max_tokens_per_micro_batch": 24576}}
+    servers = {"engine": {"type": "sglang", "tensor_parallel_size": 8, "mem_fraction_static": 0.5}, "num_engines": 8}
+    assert fit_problem(config_of(tree | {"rollout": servers}), QWEN2_5_32B) is None
     assert fit_problem(config_of({}), QWEN2_5_32B) is None
+
+
+@pytest.mark.parametrize(
+    "placement, where", [("colocated", r"stage 1 needs .* in rollout"), ("split", "an engine's GPU needs .* in rollout")]
+)
+def test_embedded_engine_that_does_not_fit_beside_the_actor_or_alone_is_named(placement: str, where: str):
+    actor = {
+        "num_ranks": 64,
+        "tensor_parallel_size": 8,
+        "pipeline_parallel_size": 2,
+        "sequence_parallel": True,
+        "recompute": "full",
+    }
+    tree = {"cluster": {"gpu": "h200", "placement": placement}, "actor": actor | {"max_tokens_per_micro_batch": 24576}}
+    problem = fit_problem(config_of(tree), QWEN2_5_32B)
+    assert problem is not None and re.search(where, problem) and "engine weights 131.1" in problem
+    assert "a smaller rollout.engine.max_batch_size, or dtype bf16" in problem and "or rollout.engine.type sglang" in problem
+    assert ("cluster.placement split" in problem) == (placement == "colocated")
+
+
+def test_rows_of_an_embedded_engine_are_those_that_a_step_can_fill():
+    tree = {
+        "rollout": {
+            "engine": {"type": "hf", "max_batch_size": 64, "dtype": "bf16"},
+            "num_engines": 2,
+            "max_response_tokens": 1024,
+        }
+    }
+    batch = {"train": {"num_prompts_per_step": 8, "num_samples_per_prompt": 8}, "algo": {"dynamic_sampling": False}}
+    few, many = layout_of(config_of(tree | batch)).embedded, layout_of(config_of(tree)).embedded
+    assert few == EmbeddedEngine(2, 32, 2048 + 1024, 2, colocated=True, has_own_process=True)
+    assert many is not None and many.num_rows == 64
+    evaluated = layout_of(config_of(tree | batch | {"eval": {"path": "held_out"}})).embedded
+    assert evaluated is not None and evaluated.num_rows == 64
+    assert layout_of(config_of({"rollout": {"engine": {"type": "sglang"}}})).embedded is None
 
 
 def test_weights_and_activations_in_fp32_take_their_bytes():
