@@ -87,39 +87,18 @@ def test_a_run_that_is_asked_to_save_goes_on_and_one_that_is_cancelled_does_not(
     assert "a checkpoint was saved; Slurm is ending this job itself" in preempted.history
 
 
-def test_a_job_outlives_the_loss_of_a_node_and_a_time_limit_that_comes_too_early(slurm: Cluster, play: Play):
-    nodes = ("--slurm.nodes=2", "--actor.num_ranks=2")
-    second_node = play("wait 0", *nodes, "--slurm.sbatch=[--exclude=node3]", name="second_node")
-    batch_node = play("wait 0", *nodes, "--slurm.sbatch=[--exclude=node1]", name="batch_node")
-    stuck = play("stuck 0", "--slurm.sbatch=[--exclude=node2]", name="stuck")
-    for run in (second_node, batch_node):
-        wait_for_file(slurm, run, "up.0.1")
-    wait_for_file(slurm, stuck, "attempts")
-    assert (second_node.attempts, batch_node.attempts) == (["0 node1 2"], ["0 node2 2"])
-    slurm.power_off(2)
-    slurm.run("scontrol", "update", f"jobid={stuck.job}", "EndTime=now")  # Slurm looks at its limits every 30 s
-    for run in (second_node, batch_node, stuck):
-        slurm.wait(run.job, "COMPLETED", seconds=90)
-    assert (second_node.attempts[1:], batch_node.attempts[1:]) == (["1 node1 2"], ["1 node3 2"])
-    assert "a checkpoint was saved; Slurm is ending this job itself" in second_node.history
-    assert "the time limit came before a checkpoint was complete; starting again" in stuck.history and len(stuck.attempts) == 2
-
-
-def test_an_element_of_an_array_starts_again_alone(slurm: Cluster, play: Play):
-    run = play("85 0", name="sweep", array=("run.seed=1,2,3",))
-    for index in range(3):
-        slurm.wait(f"{run.job}_{index}", "COMPLETED")
-    assert [folder.joinpath("attempts").read_text().count("\n") for folder in runs_of(str(run.folder))] == [2, 2, 2]
-    assert {slurm.job(f"{run.job}_{index}")["Restarts"] for index in range(3)} == {"1"}
-
-
-def test_nodes_of_two_kinds_are_one_job(slurm: Cluster, play: Play):
+def test_an_element_of_an_array_starts_again_alone_and_nodes_of_two_kinds_together(slurm: Cluster, play: Play):
     split = ("--cluster.placement=split", "--slurm.gpus_per_node=2", "--actor.num_ranks=2", "--slurm.rollout_partition=urgent")
-    run = play("0", *split, "--slurm.rollout_nodes=1", "--slurm.rollout_gpus_per_node=1")
-    slurm.wait(run.job, "COMPLETED")
-    environments = [(run.folder / f"environment.{process}").read_bytes().decode().split("\0") for process in (0, 1)]
-    assert run.attempts[0].endswith(" 2")
-    for environment in environments:
-        assert "SLURM_HET_SIZE=2" in environment
-    gpus = [next(line for line in environment if line.startswith("CUDA_VISIBLE_DEVICES=")) for environment in environments]
-    assert [line.count(",") + 1 for line in gpus] == [2, 1]
+    kinds = play("85 0", *split, "--slurm.rollout_nodes=1", "--slurm.rollout_gpus_per_node=1", name="kinds")
+    sweep = play("85 0", name="sweep", array=("run.seed=1,2,3",))
+    for index in range(3):
+        slurm.wait(f"{sweep.job}_{index}", "COMPLETED")
+    assert [folder.joinpath("attempts").read_text().count("\n") for folder in runs_of(str(sweep.folder))] == [2, 2, 2]
+    assert {slurm.job(f"{sweep.job}_{index}")["Restarts"] for index in range(3)} == {"1"}
+
+    slurm.wait(kinds.job, "COMPLETED")
+    assert [line.split()[::2] for line in kinds.attempts] == [["0", "2"], ["1", "2"]]
+    tasks = [kinds.environment(process) for process in (0, 1)]
+    assert {task["SLURM_HET_SIZE"] for task in tasks} == {"2"}
+    assert {task["SLURM_JOB_ID"] for task in tasks} == {kinds.job}, "tasks meet by the id of the job"
+    assert [task["CUDA_VISIBLE_DEVICES"].count(",") + 1 for task in tasks] == [2, 1]

@@ -1,4 +1,7 @@
-"""Real runs in real jobs: they end, and what interrupts them leaves no trace in their metrics."""
+"""Real runs in real jobs: they end, and what interrupts them leaves no trace in their metrics.
+
+Beside them stand-ins (plays.py) for which Slurm is waited for: it takes 15 seconds to see that a node is gone, 30 to look at a time limit.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from dapo_megatron.launcher.slurm.script import TEMPLATES
 from dapo_megatron.launcher.slurm.submit import Request, submit
 from tests.e2e.runs import QUICKSTART, rows, training_rows
 from tests.slurm.cluster import Cluster
+from tests.slurm.plays import Play, wait_for_file
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
@@ -103,13 +107,20 @@ def sweep(login: LoginNode) -> str:
     return said.splitlines()[-5].split()[1].rstrip(":")
 
 
-def test_an_array_is_one_run_in_one_folder_each(slurm: Cluster, login: LoginNode, sweep: str):
+def test_an_array_is_one_run_in_one_folder_each_and_a_time_limit_that_comes_too_early_is_no_end(
+    slurm: Cluster, login: LoginNode, sweep: str
+):
+    stuck = Play(login.folder)("stuck 0", name="stuck")
+    wait_for_file(slurm, stuck, "attempts")
+    slurm.run("scontrol", "update", f"jobid={stuck.job}", "EndTime=now")
     for index, num_steps in enumerate((2, 3, NUM_STEPS)):
         slurm.wait(f"{sweep}_{index}", "COMPLETED", seconds=300)
         run = login.folder / "sweep" / f"num_rollout_steps={num_steps}"
         assert [row["rollout_step"] for row in rows(run)] == list(range(1, num_steps + 1))
     said = login.command("status", sweep)
     assert said.count("COMPLETED") == 3 and f"{NUM_STEPS} of {NUM_STEPS}" in said
+    slurm.wait(stuck.job, "COMPLETED", seconds=90)
+    assert "the time limit came before a checkpoint was complete; starting again" in stuck.history and len(stuck.attempts) == 2
 
 
 def test_a_run_that_is_interrupted_has_the_metrics_of_one_that_is_not(slurm: Cluster, login: LoginNode, sweep: str):
@@ -136,22 +147,36 @@ def test_a_run_that_is_interrupted_has_the_metrics_of_one_that_is_not(slurm: Clu
     assert log.endswith("finished\n")
 
 
-def test_a_run_on_two_nodes_ends_and_one_that_loses_a_node_goes_on_elsewhere(slurm: Cluster, login: LoginNode, sweep: str):
-    """Two nodes with two ranks each. A checkpoint is complete when the save after it begins."""
-    cluster = ("--nodes=2", "--actor.num_ranks=4", "--train.num_rollout_steps=6", "--checkpoint.every=1")
-    lossy = login.submit("lossy", *cluster, "--slurm.sbatch=[--exclude=node4]")
+def test_a_run_that_loses_a_node_goes_on_elsewhere_and_one_on_nodes_of_two_kinds_has_the_same_metrics(
+    slurm: Cluster, login: LoginNode, sweep: str
+):
+    """Two nodes with two ranks each; and all ranks on one, the engine on another. A checkpoint is complete when the save after it begins."""
+    run = ("--actor.num_ranks=4", "--train.num_rollout_steps=6", "--checkpoint.every=1")
+    lossy = login.submit("lossy", *run, "--nodes=2", "--slurm.sbatch=[--exclude=node4]")
+    nodes = ("--slurm.nodes=2", "--actor.num_ranks=2")
+    second_node = Play(login.folder)("wait 0", *nodes, "--slurm.sbatch=[--exclude=node3]", name="second_node")
+    batch_node = Play(login.folder)("wait 0", *nodes, "--slurm.sbatch=[--exclude=node1]", name="batch_node")
+    for stand_in in (second_node, batch_node):
+        wait_for_file(slurm, stand_in, "up.0.1")
     login.wait_for_next_attempt("lossy", lossy, num_steps=3)
     assert slurm.job(lossy)["NodeList"] == "node[1-2]"
     slurm.power_off(2)
-    whole = login.submit("whole", *cluster, "--slurm.sbatch=[--exclude=node2]")
+    kinds = ("--cluster.placement=split", "--slurm.rollout_nodes=1", "--slurm.sbatch=[--nodelist=node4]")
+    whole = login.submit("whole", *run, *kinds, "--slurm.rollout_sbatch=[--nodelist=node3]")
     for job in (whole, lossy):
         slurm.wait(job, "COMPLETED", seconds=400)
     assert login.ends("whole") == ["finished"]
+    assert "on node4, engines on node3" in JobRecords(login.folder / "whole").history_file.read_text()
     assert slurm.job(lossy)["NodeList"] == "node[1,3]"
     assert [row["rollout_step"] for row in rows(login.folder / "lossy")] == [1, 2, 3, 4, 5, 6]
     assert training_rows(login.folder / "lossy") == training_rows(login.folder / "whole")
     log = slurm.output(lossy)
     assert "on node[1-2]" in log and log.count("\n   1 ") == 1, "it went on from a checkpoint"
+    for stand_in in (second_node, batch_node):
+        slurm.wait(stand_in.job, "COMPLETED", seconds=90)
+    assert second_node.attempts == ["0 node1 2", "1 node1 2"]
+    assert batch_node.attempts == ["0 node2 2", "1 node3 2"]
+    assert "a checkpoint was saved; Slurm is ending this job itself" in second_node.history
 
 
 def test_an_error_in_the_settings_ends_the_job(slurm: Cluster, login: LoginNode, sweep: str):
