@@ -73,6 +73,8 @@ class _Convention:
     grad_bytes: int = 4
     fp8_weights: bool = False
     """With fp8, weights are held in fp8 alone (fp8_param_gather); False: beside those in bf16."""
+    gigabyte: float = GIB
+    """Bytes of what its logs call GB."""
 
 
 _CONVENTIONS: Mapping[str, _Convention] = {
@@ -80,9 +82,10 @@ _CONVENTIONS: Mapping[str, _Convention] = {
     "SimuMax": _Convention(),
     "Megatron-LM": _Convention(),
     "mbridge": _Convention(),
-    # Megatron Bridge and NeMo recipes: cross_entropy_loss_fusion with TransformerEngine's implementation.
-    "Megatron-Bridge": _Convention(head_loss="fused", fp8_weights=True),
-    "NeMo": _Convention(head_loss="fused", fp8_weights=True),
+    # Megatron Bridge and NeMo performance recipes: cross_entropy_loss_fusion with TransformerEngine's implementation, grad_reduce_in_fp32
+    # off, fp8_param_gather; their logs divide bytes by 1e9.
+    "Megatron-Bridge": _Convention(head_loss="fused", grad_bytes=2, fp8_weights=True, gigabyte=GB),
+    "NeMo": _Convention(head_loss="fused", grad_bytes=2, fp8_weights=True, gigabyte=GB),
 }
 
 
@@ -97,7 +100,7 @@ def inputs_of(row: Mapping[str, str], *, for_time: bool = False) -> RowInputs:
 
     `for_time`: what only memory does not model (low precision, CUDA graphs) is let through.
     """
-    row = _tidy(row)
+    row = tidy(row)
     framework = _framework(row["source"])
     convention = _CONVENTIONS.get(framework, _Convention())
     recipe = _recipe(row["model"]) if row["model"].startswith("mlm:") else {}
@@ -125,7 +128,7 @@ def inputs_of(row: Mapping[str, str], *, for_time: bool = False) -> RowInputs:
         options,
         row["gpu"],
         _number(row, "seq"),
-        _peak(row),
+        _peak(row, convention),
         ran_out_of_memory="oom" in row["status"].lower() or "out of memory" in row["status"].lower(),
     )
 
@@ -153,14 +156,19 @@ def _precision(row: Mapping[str, str], convention: _Convention) -> Precision:
 
 def shape_of_row(row: Mapping[str, str]) -> ModelShape:
     """The model of a row, whatever its layout. Refusal for an unknown one."""
-    row = _tidy(row)
+    row = tidy(row)
     recipe = _recipe(row["model"]) if row["model"].startswith("mlm:") else {}
     return _shape(row, _framework(row["source"]), recipe)
 
 
-def _tidy(row: Mapping[str, str]) -> Mapping[str, str]:
+def tidy(row: Mapping[str, str]) -> Mapping[str, str]:
     """Without blanks at the ends; a column that the file does not have is empty."""
-    return defaultdict(str, {name: value.strip() for name, value in row.items() if name and isinstance(value, str)})
+    cells = {name: value.strip() for name, value in row.items() if name and isinstance(value, str)}
+    return defaultdict(str, {name: "" if value.lower() in _NOTHING else value for name, value in cells.items()})
+
+
+_NOTHING = ("n/a", "na", "-", "/", "?")
+"""What tables write into a cell that says nothing."""
 
 
 def _framework(source: str) -> str:
@@ -337,17 +345,23 @@ def _head_loss(row: Mapping[str, str], usual: HeadLoss) -> HeadLoss:
     return "fused" if "fused ce" in note or "ce fusion" in note else usual
 
 
-def _peak(row: Mapping[str, str]) -> Peak | None:
-    """`GB` with nothing else is what frameworks log, bytes over 1024^3; `1e9` says otherwise."""
-    if not row["peak_mem_GB"]:
+def _peak(row: Mapping[str, str], convention: _Convention) -> Peak | None:
+    """`GB` with nothing else is what the framework logs; `GiB` and `1e9` say which."""
+    peak = decimal(row, "peak_mem_GB")
+    if peak is None:
         return None
     unit = row["mem_unit"].lower()
     counter: Counter = "reserved" if "reserved" in unit else "device" if "smi" in unit or "device" in unit else "allocated"
+    unit_bytes = GB if "1e9" in unit else GIB if "gib" in unit else convention.gigabyte
+    return Peak(peak * unit_bytes, counter, ends_only="rank0" in unit or "last" in unit)
+
+
+def decimal(row: Mapping[str, str], name: str) -> float | None:
+    """A number; None where there is none. Refusal where there is something else."""
     try:
-        peak = float(row["peak_mem_GB"].replace(",", ""))
+        return float(row[name].replace(",", "")) if row[name] else None
     except ValueError:
-        raise Refusal(f"peak_mem_GB ({row['peak_mem_GB']}) is not a number") from None
-    return Peak(peak * (GB if "1e9" in unit else GIB), counter, ends_only="rank0" in unit or "last" in unit)
+        raise Refusal(f"{name} ({row[name]}) is not a number") from None
 
 
 def _number(row: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.layout_rows import FACTS, GIB, Refusal, RowInputs, inputs_of, read_rows, without_duplicates
+from benchmarks.layout_rows import FACTS, GIB, Refusal, RowInputs, inputs_of, read_rows, tidy, without_duplicates
 from benchmarks.planner_time import gpu_of, print_errors, print_time
 from dapo_megatron.layout.memory import reserved_bytes, train_allocated_bytes, with_margin
 
@@ -59,7 +59,7 @@ def predicted_peak(inputs: RowInputs) -> float:
 def score_memory(rows: list[dict[str, str]]) -> tuple[list[MemoryScore], list[tuple[str, str, str]]]:
     """Scores of the rows with a published peak, and (id, model, reason) of those that cannot be mapped."""
     mapped, refused = [], []
-    for row in rows:
+    for row in map(tidy, rows):
         if not row["peak_mem_GB"] or _is_computed(row):
             continue
         try:
@@ -92,7 +92,7 @@ class FitScore:
 def score_fit(rows: list[dict[str, str]]) -> FitScore:
     """Of the rows that can be mapped; a row with a measurement ran."""
     ran, too_large, failed, fitting = 0, [], 0, []
-    for row in rows:
+    for row in map(tidy, rows):
         try:
             inputs = inputs_of(row)
         except Refusal:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean, median
 
-from benchmarks.layout_rows import Refusal, RowInputs, inputs_of, shape_of_row
+from benchmarks.layout_rows import Refusal, RowInputs, decimal, inputs_of, shape_of_row, tidy
 from dapo_megatron.config.layout_rules import divisors
 from dapo_megatron.layout.efficiency import Efficiency
 from dapo_megatron.layout.flops import training_flops_per_token
@@ -116,7 +116,7 @@ class TimedRow:
 def timed_rows(rows: list[dict[str, str]]) -> tuple[list[TimedRow], list[tuple[str, str, str]]]:
     """The rows with a published time or rate, and (id, model, reason) of those that cannot be mapped."""
     timed, refused = [], []
-    for row in rows:
+    for row in map(tidy, rows):
         if not (row["step_s"] or row["tok_per_s_gpu"] or row["tflops_gpu"]):
             continue
         try:
@@ -129,15 +129,16 @@ def timed_rows(rows: list[dict[str, str]]) -> tuple[list[TimedRow], list[tuple[s
 def score_flops(rows: list[dict[str, str]]) -> list[FlopsScore]:
     """Of the rows that publish TFLOP/s and tokens/s."""
     scores = []
-    for row in rows:
-        if not (row["tok_per_s_gpu"] and row["tflops_gpu"] and row["seq"]):
-            continue
+    for row in map(tidy, rows):
         try:
+            rate, tflops, sequence = (decimal(row, name) for name in ("tok_per_s_gpu", "tflops_gpu", "seq"))
             shape = shape_of_row(row)
         except Refusal:
             continue
-        published = float(row["tflops_gpu"]) * 1e12 / float(row["tok_per_s_gpu"])
-        predicted = training_flops_per_token(shape, int(row["seq"]))
+        if not (rate and tflops and sequence):
+            continue
+        published = tflops * 1e12 / rate
+        predicted = training_flops_per_token(shape, sequence)
         scores.append(FlopsScore(row["id"], row["model"], predicted, published))
     return scores
 
@@ -163,15 +164,16 @@ def _timed(row: Mapping[str, str]) -> TimedRow:
     gpu, precision = gpu_of(row["gpu"]), row["precision"].lower()
     if gpu is None:
         raise Refusal(f"{row['gpu']} is not in the table of GPUs")
-    if not row["gbs"]:
-        raise Refusal("the global batch size is not published")
+    batch, sequence = decimal(row, "gbs"), decimal(row, "seq")
+    if not batch or not sequence:
+        raise Refusal(f"the {'sequence length' if batch else 'global batch size'} is not published")
     if precision not in ("bf16", "") and not precision.startswith(("fp8", "mxfp8")):
         raise Refusal(f"precision {row['precision']} has no measured efficiency")
     variants = tuple(_variants(row))
     if not variants[0].options.flash_attention:
         raise Refusal("attention without a fused kernel has no time model")
     overlapped = any(name in row["source"] for name in OVERLAPPED)
-    num_tokens = int(row["gbs"]) * int(row["seq"])
+    num_tokens = int(batch * sequence)
     return TimedRow(
         variants,
         gpu,
@@ -188,12 +190,15 @@ def _timed(row: Mapping[str, str]) -> TimedRow:
 
 
 def _published_seconds(row: Mapping[str, str], inputs: RowInputs, num_tokens: int, num_gpus: int) -> float:
-    if row["step_s"]:
-        return float(row["step_s"])
-    if row["tok_per_s_gpu"]:
-        return num_tokens / num_gpus / float(row["tok_per_s_gpu"])
+    seconds, rate, tflops = (decimal(row, name) for name in ("step_s", "tok_per_s_gpu", "tflops_gpu"))
+    if seconds:
+        return seconds
+    if rate:
+        return num_tokens / num_gpus / rate
+    if not tflops:
+        raise Refusal("neither a step's time nor a rate is published")
     flops = training_flops_per_token(inputs.shape, inputs.sequence_tokens) * num_tokens
-    return flops / num_gpus / float(row["tflops_gpu"]) / 1e12
+    return flops / num_gpus / tflops / 1e12
 
 
 def _predicted(machine: Machine, inputs: RowInputs) -> float:
@@ -218,7 +223,7 @@ def _variants(row: Mapping[str, str]) -> Iterator[RowInputs]:
     for size in ASSUMED_MICRO_BATCH_SIZES:
         plain = inputs_of({**row, "mbs": str(size)}, for_time=True)
         layout = plain.layout
-        if layout.num_micro_batches * size * layout.data_parallel_size != int(row["gbs"] or 0):
+        if layout.num_micro_batches * size * layout.data_parallel_size != decimal(row, "gbs"):
             continue
         stages, num_layers = layout.pipeline_parallel_size, plain.shape.num_layers
         chunks = [1]

@@ -65,6 +65,12 @@ def test_unit_of_a_peak(unit, factor):
     assert peak is not None and peak.num_bytes == pytest.approx(66.55 * 2**30 * factor) and peak.counter == "allocated"
 
 
+def test_gigabyte_of_a_frameworks_log():
+    bridge = {"source": "Megatron-Bridge", "mem_unit": "GB"}
+    peaks = [inputs_of(ROWS["281"] | bridge | changes).peak for changes in ({}, {"mem_unit": "GiB"})]
+    assert [peak and peak.num_bytes for peak in peaks] == [66.55e9, pytest.approx(66.55 * 2**30)]
+
+
 @pytest.mark.parametrize("unit, counter", [("GiB reserved", "reserved"), ("GiB nvidia-smi", "device")])
 def test_what_a_peak_counts(unit, counter):
     peak = inputs_of(ROWS["281"] | {"mem_unit": unit}).peak
@@ -101,7 +107,7 @@ def test_settings_of_a_row_reach_the_planner():
         ({"precision": "fp8", "note": "fp8 weights"}, Precision(linear_weight_bytes=2, linear_input_bytes=1)),
         (
             {"precision": "mxfp8", "source": "Megatron-Bridge"},
-            Precision(linear_weight_bytes=2 + 1 / 16, linear_input_bytes=1 + 1 / 32),
+            Precision(grad_bytes=2, linear_weight_bytes=2 + 1 / 16, linear_input_bytes=1 + 1 / 32),
         ),
         ({"note": "bf16 grads, bf16 moments"}, Precision(grad_bytes=2, moment_bytes=2)),
         ({"note": "precision-aware optimizer"}, Precision(moment_bytes=2)),
@@ -125,14 +131,17 @@ def test_embedding_and_loss_count_as_layers_where_that_makes_chunks_equal():
 
 
 def test_rows_that_nothing_was_fitted_to():
-    """Megatron Bridge, Megatron MoE Model Zoo and issues: FLOPs as published, memory near, and what ran out of memory does not fit."""
+    """Megatron Bridge, Megatron MoE Model Zoo and issues: FLOPs as published and memory near.
+
+    Of what ran out of memory, O1 did so by fragmentation alone: the same layout runs with expandable segments, at 59 GB.
+    """
     rows = read_rows(HELD_OUT)
     scores, refused = score_memory(rows)
-    assert len(scores) == 4 and not refused and max(abs(score.error) for score in scores) <= 0.06
+    assert len(scores) == 4 and not refused and max(abs(score.error) for score in scores) <= 0.03
     flops = [abs(score.error) for score in score_flops(rows)]
     assert len(flops) >= 48 and max(flops) <= 0.01
     fit = score_fit(rows)
-    assert fit.num_out_of_memory == 2 and not fit.called_fitting
+    assert fit.num_out_of_memory == 2 and fit.called_fitting == ["O1"]
 
 
 @pytest.mark.parametrize(

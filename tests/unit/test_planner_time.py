@@ -66,6 +66,8 @@ def test_flops_of_a_row_are_compared_with_its_published_rates():
     "changes, words",
     [
         ({"gbs": ""}, "the global batch size is not published"),
+        ({"gbs": "n/a"}, "the global batch size is not published"),
+        ({"step_s": "", "tok_per_s_gpu": "37556 (36108)"}, "tok_per_s_gpu (37556 (36108)) is not a number"),
         ({"gpu": "TPU-v5"}, "TPU-v5 is not in the table of GPUs"),
         ({"precision": "nvfp4"}, "precision nvfp4 has no measured efficiency"),
         ({"mbs": "", "gbs": "3"}, "neither a micro-batch size nor a batch"),
