@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from functools import lru_cache
 
 from dapo_megatron.layout.activations import LayerActivations, layer_activations
 from dapo_megatron.layout.embedded_memory import EmbeddedMemory, embedded_memory
@@ -102,18 +103,19 @@ def engine_room_bytes(shape: ModelShape, layout: Layout, gpu_bytes: float, optio
     if not layout.engine.colocated:
         return gpu_bytes - own - NCCL_BYTES_PER_GROUP - MARGIN_BYTES
     resident = max(
-        sum(num_bytes for _, num_bytes in _resident(layout, states)) for states in stage_states(shape, layout, options)
+        sum(num_bytes for _, num_bytes in _resident(states, layout.swap_parameters, layout.swap_optimizer))
+        for states in stage_states(shape, layout, options)
     )
     fragmented = resident + own - CUDA_CONTEXT_BYTES
     return gpu_bytes - with_margin(fragmented, layout) - CUDA_CONTEXT_BYTES
 
 
-def _resident(layout: Layout, states: StageStates) -> list[tuple[str, float]]:
+def _resident(states: StageStates, swap_parameters: bool, swap_optimizer: bool) -> list[tuple[str, float]]:
     """What of a rank's states is on the device while engines generate."""
     return [
-        ("weights", 0.0 if layout.swap_parameters else states.weight_bytes),
-        ("gradients", 0.0 if layout.swap_parameters else states.grad_bytes),
-        ("optimizer state", 0.0 if layout.swap_optimizer else states.optimizer_bytes),
+        ("weights", 0.0 if swap_parameters else states.weight_bytes),
+        ("gradients", 0.0 if swap_parameters else states.grad_bytes),
+        ("optimizer state", 0.0 if swap_optimizer else states.optimizer_bytes),
     ]
 
 
@@ -131,49 +133,61 @@ def _phases(
     beside = [] if engine is None else [("engine asleep", engine.asleep_bytes)]
     if embedded is not None and layout.embedded is not None and layout.embedded.colocated:
         beside = _embedded_items(embedded, layout.embedded, layout.world_size)
+    outside = _outside(layout)
     phases = [
-        _phase("train", [*_train(shape, layout, options, stage, states, layers), *beside], layout),
-        _phase("log_probs", [*_log_probs(shape, layout, options, stage, states, layers), *beside], layout),
+        _phase("train", [*_train(shape, layout, options, stage, states, layers), *beside], outside),
+        _phase("log_probs", [*_log_probs(shape, layout, options, stage, states, layers), *beside], outside),
     ]
     if embedded is not None and layout.embedded is not None and layout.embedded.colocated:
         while_busy = [] if layout.embedded.has_own_process else [("KV cache", embedded.cache_bytes)]
-        items = [*_resident(layout, states), *beside, *while_busy, ("engine workspace", embedded.workspace_bytes)]
-        phases.append(_phase("rollout", items, layout))
-    if engine is not None and layout.engine is not None:
-        resident = _resident(layout, states)
-        pool = engine.kv_pool_bytes(layout.engine.mem_fraction_static, gpu_bytes)
-        graphs = engine.asleep_bytes - CUDA_CONTEXT_BYTES
-        phases += [
-            _phase(
-                "rollout",
-                [
-                    *resident,
-                    ("engine weights", engine.weight_bytes),
-                    ("KV cache", pool),
-                    ("engine workspace", engine.workspace_bytes + graphs),
-                    ("engine context", CUDA_CONTEXT_BYTES),
-                ],
-                layout,
-            ),
-            _phase(
-                "sync",
-                [
-                    ("weights", states.weight_bytes),
-                    *resident[1:],
-                    ("engine weights", engine.weight_bytes),
-                    ("weight buckets", 2 * options.weight_bucket_bytes),
-                    *beside,
-                ],
-                layout,
-            ),
+        items = [
+            *_resident(states, layout.swap_parameters, layout.swap_optimizer),
+            *beside,
+            *while_busy,
+            ("engine workspace", embedded.workspace_bytes),
         ]
+        phases.append(_phase("rollout", items, outside))
+    if engine is not None and layout.engine is not None:
+        pool = engine.kv_pool_bytes(layout.engine.mem_fraction_static, gpu_bytes)
+        swaps = layout.swap_parameters, layout.swap_optimizer
+        phases += _phases_beside_engine(engine, pool, states, swaps, options.weight_bucket_bytes, outside)
     return tuple(phases)
 
 
-def _phase(phase: Phase, items: list[tuple[str, float]], layout: Layout) -> PhaseMemory:
-    allocated = sum(num_bytes for name, num_bytes in items if name not in _NOT_FRAGMENTED)
-    items = [*items, (OUTSIDE, _outside(layout)), (MARGIN, MARGIN_FRACTION * allocated + MARGIN_BYTES)]
-    return PhaseMemory(phase, tuple(MemoryItem(name, round(num_bytes)) for name, num_bytes in items if num_bytes))
+@lru_cache(maxsize=16384)
+def _phases_beside_engine(
+    engine: EngineMemory, pool: float, states: StageStates, swaps: tuple[bool, bool], bucket_bytes: int, outside: int
+) -> tuple[PhaseMemory, PhaseMemory]:
+    """Rollout and sync of a colocated server: the same for all micro-batches and recompute of a cut."""
+    resident = _resident(states, *swaps)
+    graphs = engine.asleep_bytes - CUDA_CONTEXT_BYTES
+    rollout = [
+        *resident,
+        ("engine weights", engine.weight_bytes),
+        ("KV cache", pool),
+        ("engine workspace", engine.workspace_bytes + graphs),
+        ("engine context", CUDA_CONTEXT_BYTES),
+    ]
+    sync = [
+        ("weights", states.weight_bytes),
+        *resident[1:],
+        ("engine weights", engine.weight_bytes),
+        ("weight buckets", 2 * bucket_bytes),
+        ("engine asleep", engine.asleep_bytes),
+    ]
+    return _phase("rollout", rollout, outside), _phase("sync", sync, outside)
+
+
+def _phase(phase: Phase, items: list[tuple[str, float]], outside: int) -> PhaseMemory:
+    allocated, found = 0.0, []  # loops, not sums of generators: a plan has tens of thousands of phases
+    for name, num_bytes in items:
+        if num_bytes:
+            found.append(MemoryItem(name, round(num_bytes)))
+            if name not in _NOT_FRAGMENTED:
+                allocated += num_bytes
+    found.append(MemoryItem(OUTSIDE, outside))
+    found.append(MemoryItem(MARGIN, round(MARGIN_FRACTION * allocated + MARGIN_BYTES)))
+    return PhaseMemory(phase, tuple(found))
 
 
 def _train(
@@ -273,16 +287,17 @@ def _engine_phase(engine: EngineMemory, pool: float) -> PhaseMemory:
     return PhaseMemory("rollout", tuple(MemoryItem(name, round(num_bytes)) for name, num_bytes in items))
 
 
-def _outside(layout: Layout) -> float:
-    sizes = (
-        layout.tensor_parallel_size,
-        layout.pipeline_parallel_size,
-        layout.context_parallel_size,
-        layout.data_parallel_size,
-        layout.expert_parallel_size,
-        layout.expert_tensor_parallel_size,
+def _outside(layout: Layout) -> int:
+    groups = (
+        1
+        + (layout.tensor_parallel_size > 1)
+        + (layout.pipeline_parallel_size > 1)
+        + (layout.context_parallel_size > 1)
+        + (layout.data_parallel_size > 1)
+        + (layout.expert_parallel_size > 1)
+        + (layout.expert_tensor_parallel_size > 1)
     )
-    return CUDA_CONTEXT_BYTES + NCCL_BYTES_PER_GROUP * (1 + sum(size > 1 for size in sizes))
+    return CUDA_CONTEXT_BYTES + NCCL_BYTES_PER_GROUP * groups
 
 
 def _host_items(layout: Layout, options: MemoryOptions, states: tuple[StageStates, ...]) -> tuple[MemoryItem, ...]:

@@ -90,7 +90,7 @@ class PhaseMemory:
     """Everything, the parts outside torch's allocator and the margin too."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "total_bytes", sum(item.num_bytes for item in self.items))
+        object.__setattr__(self, "total_bytes", sum([item.num_bytes for item in self.items]))
 
     def bytes_of(self, name: str) -> int:
         """The item of that name; 0 where there is none."""
