@@ -365,6 +365,9 @@ def plan(
         float | None, typer.Option("--mean-response-tokens", help="Default: a third of the longest.")
     ] = None,
     colocated: Annotated[bool, typer.Option("--colocated", help="Engines and actor take turns on the same GPUs.")] = False,
+    disk_gb_per_second: Annotated[
+        float, typer.Option("--disk-gb-per-second", min=0.001, help="What a node writes to where checkpoints go, in GB/s.")
+    ] = 2.0,
     rollout_gpus: Annotated[
         int | None, typer.Option("--rollout-gpus", min=1, help="GPUs of their own for the engines, out of --gpus.")
     ] = None,
@@ -428,6 +431,7 @@ def plan(
         html=html,
         write=write,
         calibrate=calibrate,
+        disk_gb_per_second=disk_gb_per_second,
         options=[name for parameter in context.command.params for name in parameter.opts if name.startswith("--")],
     )
     raise typer.Exit(run(command))

@@ -70,6 +70,7 @@ class PlanCommand:
     html: Path | None
     write: Path | None
     calibrate: Path | None
+    disk_gb_per_second: float
     options: Sequence[str] = ()
     """Names of all options, for the one that is meant by a misspelt one."""
 
@@ -172,6 +173,7 @@ def request_of(command: PlanCommand, planned: Planned) -> PlanRequest:
         num_rollout_gpus=rollout_gpus,
         gpu_file=_gpu_file(command, config),
         gpus_per_node=per_node,
+        disk_gb_per_second=command.disk_gb_per_second,
         only_runnable=not command.include_unrunnable,
         top=command.top,
         **({} if config is None else dtypes_of(config)),
@@ -310,7 +312,7 @@ def _explain(found: Plan, wanted: Mapping[str, str], console: Console) -> None:
     if found.candidates:
         print_candidate(found, found.candidates[0], console)
         return
-    say(console, f"No layout with {_words(wanted)} fits:", style="bold")
+    say(console, f"No layout with {_words(wanted)} is in the plan:", style="bold")
     print_rejections(found.rejections[:NUM_EXPLAINED], console)
     if len(found.rejections) > NUM_EXPLAINED:
         say(console, f"and {len(found.rejections) - NUM_EXPLAINED} more; --json has them all")

@@ -44,6 +44,8 @@ class PlanRequest:
     """Of the actor's weights and activations."""
     engine_dtype: Dtype = "bf16"
     """Of the engines' weights and KV cache."""
+    disk_gb_per_second: float = 2.0
+    """What one node writes to where checkpoints go."""
     only_runnable: bool = True
     """Reject what this version of the library cannot run (context parallelism, offload). False: plan it all the same."""
     top: int = 10

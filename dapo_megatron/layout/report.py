@@ -12,6 +12,7 @@ from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
 
+from dapo_megatron.layout.in_flight import passes_in_flight
 from dapo_megatron.layout.layout import Layout
 from dapo_megatron.layout.memory_records import MemoryItem, PhaseMemory, StageMemory
 from dapo_megatron.layout.plan import Candidate, Plan, PlanRequest, Rejection, RejectionKind
@@ -70,14 +71,20 @@ def print_candidate(plan: Plan, candidate: Candidate, console: Console) -> None:
     say(console, f"{describe(candidate.layout)}{others}; limited by {candidate.limit}")
     stages = _distinct_stages(candidate.memory.stages)
     for phase in candidate.memory.stages[0].phases:
-        console.print(_memory_table(phase.phase, stages, plan.request.gpu.memory_bytes))
+        table = _memory_table(phase.phase, stages, plan.request.gpu.memory_bytes)
+        if phase.phase == "train":
+            of_chunks = " (of a chunk)" if candidate.layout.virtual_pipeline_size else ""
+            table.add_row(
+                f"forward passes in flight{of_chunks}", *(_passes(candidate.layout, stage.stage) for _, stage in stages)
+            )
+        console.print(table)
     console.print(_time_table(candidate))
     memory = candidate.memory
     say(console, f"host memory of a node: {gb(memory.host_bytes)} GB" + _listed(memory.host_items))
     say(
         console,
         f"checkpoint: {gb(memory.checkpoint.total_bytes)} GB, of it {gb(memory.checkpoint.weight_bytes)} GB weights; "
-        f"{memory.checkpoint.save_seconds:.0f} s to write",
+        f"{memory.checkpoint.save_seconds:.0f} s to write at {plan.request.disk_gb_per_second:g} GB/s a node",
     )
     if memory.engine is not None:
         say(console, f"GPU of an engine: {gb(memory.engine.total_bytes)} GB" + _listed(memory.engine.items))
@@ -249,6 +256,11 @@ def _memory_table(phase: str, stages: Sequence[tuple[str, StageMemory]], capacit
     table.add_section()
     table.add_row(f"sum, of {gb(capacity)}", *(gb(account.total_bytes) for account in accounts), style="bold")
     return table
+
+
+def _passes(layout: Layout, stage: int) -> str:
+    """How often the activations of a stage are there at the fullest moment."""
+    return str(sum(passes_in_flight(stage, layout.pipeline_parallel_size, layout.num_chunks, layout.num_micro_batches)))
 
 
 def _item_names(accounts: Sequence[PhaseMemory]) -> list[str]:

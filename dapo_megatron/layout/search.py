@@ -84,7 +84,9 @@ def memory_options(request: PlanRequest) -> MemoryOptions:
         kv_cache_bytes=engine,
         engine_weight_bytes=engine,
     )
-    return MemoryOptions(gpus_per_node=request.gpus_per_node, precision=precision)
+    return MemoryOptions(
+        gpus_per_node=request.gpus_per_node, precision=precision, disk_bytes_per_second=1e9 * request.disk_gb_per_second
+    )
 
 
 _DTYPE_BYTES = {"bf16": 2, "fp32": 4}

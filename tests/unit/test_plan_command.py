@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -125,11 +126,38 @@ def test_explained_sizes_alone_are_in_the_json(monkeypatch, capsys, model):
     assert all(rejection["layout"].startswith("TP4 DP2") for rejection in plan["rejections"])
 
 
+def test_explained_layout_has_its_passes_in_flight_and_its_checkpoint_at_the_given_rate(monkeypatch, capsys):
+    where = (
+        MODEL_FILE,
+        "--gpus",
+        64,
+        "--gpu",
+        "h100-80",
+        "--explain",
+        "tp=4,pp=4,vpp=1",
+        "--response-tokens",
+        8192,
+    )
+    texts = []
+    for more in ((), ("--disk-gb-per-second", 20)):
+        assert call(monkeypatch, *where, *more) == 0
+        texts.append(words(capsys))
+    assert all("forward passes in flight 4 3 2 1" in text for text in texts)
+    seconds = [re.search(r"(\d+) s to write at (\d+) GB/s a node", text) for text in texts]
+    assert all(seconds) and [found[2] for found in seconds if found] == ["2", "20"]
+    assert int(seconds[0][1]) == pytest.approx(10 * int(seconds[1][1]), abs=5)
+
+
 def test_explained_layout_that_does_not_fit_has_its_reason_with_numbers(monkeypatch, capsys):
     assert call(monkeypatch, MODEL_FILE, "--gpus", 16, "--gpu", "h100-80", "--explain", "tp=2,pp=1") == 1
     text = words(capsys)
-    assert "No layout with tp=2,pp=1 fits:" in text
+    assert "No layout with tp=2,pp=1 is in the plan:" in text
     assert "TP2 DP8" in text and "of 85.5 GB" in text
+
+
+def test_explained_layout_that_fits_and_is_slower_is_not_called_too_large(monkeypatch, capsys, model):
+    assert call(monkeypatch, model, *SMALL, "--explain", "tp=8,recompute=full,tokens=9216") == 1
+    assert "No layout with tp=8,recompute=full,tokens=9216 is in the plan:" in words(capsys)
 
 
 def test_stored_model_is_the_published_one():
