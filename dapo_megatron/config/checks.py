@@ -75,6 +75,10 @@ OWNED_SERVER_ARGUMENTS: Mapping[str, str] = {
 """Arguments of SGLang that `rollout.sglang_extra` may not touch, and who sets them."""
 
 
+_KEPT_BY_SGLANG = 2
+"""Tokens of a request's room that SGLang 0.5.23 leaves empty; it cuts a response that needs them short, without a word."""
+
+
 def check_config(
     config: Config,
     hf_config: Mapping[str, Any] | None,
@@ -364,14 +368,20 @@ def _layout_of_model(config: Config, hf_config: Mapping[str, Any]) -> Iterator[s
 
 
 def _positions(config: Config, hf_config: Mapping[str, Any], section: str, max_response_tokens: int) -> Iterator[str]:
-    """The longest prompt and the longest response of `section` fit the model."""
-    positions = hf_config.get("max_position_embeddings")
+    """The longest prompt and the longest response of `section` fit the model and, where its size is given, the KV cache."""
+    positions, engine = hf_config.get("max_position_embeddings"), config.rollout.engine
     longest = config.data.max_prompt_tokens + max_response_tokens
-    if isinstance(positions, int) and longest > positions:
+    lengths = f"data.max_prompt_tokens + {section}.max_response_tokens ({config.data.max_prompt_tokens} + {max_response_tokens} = {longest})"
+    kept, why = (_KEPT_BY_SGLANG, f", less {_KEPT_BY_SGLANG} that SGLang keeps,") if engine.type == "sglang" else (0, "")
+    if isinstance(positions, int) and longest > positions - kept:
         yield (
-            f"data.max_prompt_tokens + {section}.max_response_tokens ({config.data.max_prompt_tokens} + "
-            f"{max_response_tokens} = {longest}) must not exceed max_position_embeddings "
-            f"({positions}) of {config.model.path}; shorten one of them by {longest - positions}."
+            f"{lengths} must not exceed max_position_embeddings ({positions}){why} of {config.model.path}; "
+            f"shorten one of them by {longest - positions + kept}."
+        )
+    if engine.type == "sglang" and engine.max_total_tokens is not None and longest > engine.max_total_tokens - kept:
+        yield (
+            f"{lengths} must not exceed rollout.engine.max_total_tokens ({engine.max_total_tokens}){why} "
+            f"or responses are cut short; use {longest + kept} or more."
         )
 
 

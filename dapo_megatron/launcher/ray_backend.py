@@ -38,6 +38,7 @@ from dapo_megatron.launcher.slurm.network import interface_of
 from dapo_megatron.launcher.stall import DUMP_SECONDS, ProcessPlace, ProcessStacks, dump, let_be_inspected
 from dapo_megatron.rollout.attached import Reattach, attach
 from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult
+from dapo_megatron.rollout.room import require_room
 from dapo_megatron.rollout.routed_experts import ExpertShape
 from dapo_megatron.rollout.router import Decode, Router
 from dapo_megatron.rollout.sglang_server import free_port
@@ -459,6 +460,7 @@ def ray_backend(
             yield RayBackend(handle, tuple(RayEngine(process) for process in engines), places)
         else:
             assert isinstance(settings, SglangEngineConfig)
+            asyncio.run(require_room(endpoints, _longest_request(config, ranks)))
             restart = servers.restart if servers is not None else Reattach(settings, endpoints)
             router = Router(
                 endpoints,
@@ -474,6 +476,14 @@ def ray_backend(
         for process in (*actor, *(engines or ()), *(servers.processes if servers else ())):
             ray.kill(process.handle)
         ray.util.remove_placement_group(group)
+
+
+def _longest_request(config: Config, ranks: Ranks) -> int:
+    """Tokens of the longest prompt and response, of a training run or of an evaluation."""
+    evaluates = ranks != "training" or config.eval.path is not None
+    lengths = [config.max_eval_response_tokens] if evaluates else []
+    lengths += [config.rollout.max_response_tokens] if ranks == "training" else []
+    return config.data.max_prompt_tokens + max(lengths)
 
 
 async def _places(processes: Sequence[Process]) -> tuple[ProcessPlace, ...]:

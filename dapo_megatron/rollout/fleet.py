@@ -192,8 +192,11 @@ class Fleet:
         self.notify()
 
     async def release_memory(self) -> None:
-        """Leave the GPUs to the actor until the next update; nothing happens on CPUs, which have nothing to release."""
-        if all(life.client.endpoint.device != "cuda" for life in self.lives):
+        """Leave the GPUs to the actor until the next update.
+
+        Nothing happens on CPUs, which have nothing to release, nor with servers of somebody else, whose GPUs are not the actor's.
+        """
+        if self._config.engine_urls or all(life.client.endpoint.device != "cuda" for life in self.lives):
             return
         self._engines_turn.clear()
         while self._num_starting:  # a server takes its memory while it starts

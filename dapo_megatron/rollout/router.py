@@ -81,6 +81,7 @@ class Router:
         self._names = itertools.count()
         self._prefix = secrets.token_hex(4)
         self._mean_response_tokens: float | None = None
+        self._half_sent: int | None = None
 
     @property
     def weight_version(self) -> int:
@@ -108,6 +109,11 @@ class Router:
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> AsyncGenerator[GenerateResult, None]:
         """See `Generator.generate`. EngineError when no engine could be brought back within the deadline."""
+        if self._half_sent is not None:
+            raise EngineError(
+                f"weight version {self._half_sent} has not reached the engines, which may hold a mixture; update_weights() must "
+                "end well before generate()."
+            )
         flights = {request.request_id: _Flight(request) for request in requests}
         if twice := flights.keys() & self._flights.keys() or len(flights) < len(requests):
             raise EngineError(f"request ids must differ among running requests, but do not: {twice}; number them anew.")
@@ -141,19 +147,26 @@ class Router:
 
     async def release_memory(self) -> None:
         """Leave the GPUs to the actor until the next `update_weights`; see `Fleet.release_memory`. EngineError while a request is in work."""
-        if self._flights:
-            raise EngineError(f"{len(self._flights)} requests are in work; memory is released between rollouts only.")
+        self._require_idle("memory is released")
         await self._fleet.release_memory()
 
     async def update_weights[Report: UpdateReport](
         self, version: int, push: Callable[[Sequence[EngineEndpoint]], Awaitable[Report]]
     ) -> Report:
-        """See `Fleet.update_weights`."""
-        return await self._fleet.update_weights(version, push)
+        """See `Fleet.update_weights`. EngineError while a request is in work: it would draw from a mixture of two versions."""
+        self._require_idle("weights are updated")
+        self._half_sent = version
+        report = await self._fleet.update_weights(version, push)
+        self._half_sent = None
+        return report
 
     async def close(self) -> None:
         """End what runs in the background and close the connections."""
         await self._fleet.close()
+
+    def _require_idle(self, what_is_done: str) -> None:
+        if self._flights:
+            raise EngineError(f"{len(self._flights)} requests are in work; {what_is_done} between rollouts only.")
 
     async def _complete(self, flight: _Flight) -> GenerateResult:
         """One request to its end, over as many engines as it takes."""
@@ -219,6 +232,13 @@ class Router:
                     f"{version}; only this run may update its engines."
                 )
             partials[index].extend(piece, routed_from or 0)
+            num_tokens, limit = len(partials[index].token_ids), request.params.max_response_tokens
+            if piece.finish_reason == "length" and num_tokens < limit:
+                raise EngineError(
+                    f"{life.name} cut a response to request {request.request_id} off after {num_tokens} tokens, before its "
+                    f"max_response_tokens ({limit}): prompt ({len(request.prompt_token_ids)}) and response do not fit its context or "
+                    "its KV cache; raise rollout.engine.mem_fraction_static or max_total_tokens, or lower max_response_tokens."
+                )
             if piece.finish_reason == "abort":
                 reasons.append(piece.reason)
 

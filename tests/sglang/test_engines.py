@@ -12,6 +12,7 @@ import transformers
 
 from dapo_megatron.config.schema import SglangEngineConfig
 from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult, SamplingParams
+from dapo_megatron.rollout.room import room
 from dapo_megatron.rollout.router import Router
 from dapo_megatron.rollout.sglang_engine import SglangEngine
 from dapo_megatron.rollout.sglang_server import ServerSpec, SglangServer
@@ -62,6 +63,22 @@ async def test_greedy_tokens_and_their_log_probs_are_those_of_transformers(pair:
             assert difference <= MAX_DIFFERENCE
             assert sample.finish_reason == "length" and len(sample.token_ids) == 24
             assert set(sample.weight_versions.tolist()) == {0}
+
+
+async def test_response_fills_the_room_that_a_server_has_and_is_not_cut_off_in_silence(pair: Pair):
+    """One of 2048 positions, less what SGLang keeps."""
+    client = SglangEngine(pair.endpoints[0])
+    most = room(await client.get("/server_info", timeout_seconds=30))
+    await client.close()
+    prompt = tuple(7 + index % 60 for index in range(most - 20))
+    async with routed(pair) as router:
+        fits, exceeds = (GenerateRequest(0, prompt, 1, 0, SamplingParams(max_response_tokens=limit)) for limit in (20, 21))
+        (result,) = await complete(router, fits)
+        assert len(result.samples[0].token_ids) == 20 and result.samples[0].finish_reason == "length"
+        with pytest.raises(
+            EngineError, match=r"cut a response to request 0 off after 20 tokens, before its max_response_tokens \(21\)"
+        ):
+            await complete(router, exceeds)
 
 
 async def test_samples_of_a_group_differ_and_their_log_probs_count_the_temperature(pair: Pair, reference):

@@ -36,6 +36,9 @@ class FakeServer:
         self.hangs = asyncio.Event()
         self.status = 200
         self.dies_of_requests = False
+        self.max_request_tokens: int | None = None
+        """Prompt and response; a longer one is cut short, as SGLang does it."""
+        self.info = {"max_req_input_len": 4090, "max_total_num_tokens": 65536, "page_size": 1}
         self.is_busy = False
         """Something runs that nobody waits for."""
         self.generated = asyncio.Event()
@@ -49,6 +52,7 @@ class FakeServer:
         app.router.add_post("/resume_memory_occupation", self._resume)
         app.router.add_post("/flush_cache", self._flush_cache)
         app.router.add_get("/model_info", self._model_info)
+        app.router.add_get("/server_info", self._server_info)
         app.router.add_get("/health_generate", self._health)
         self._runner = web.AppRunner(app, shutdown_timeout=0.0)
         await self._runner.setup()
@@ -79,6 +83,9 @@ class FakeServer:
 
     async def _model_info(self, request: web.Request) -> web.Response:
         return web.json_response({"weight_version": str(self.weight_version)})
+
+    async def _server_info(self, request: web.Request) -> web.Response:
+        return web.json_response(self.info)
 
     async def _flush_cache(self, request: web.Request) -> web.Response:
         if self.is_busy:
@@ -112,6 +119,8 @@ class FakeServer:
 
         async def sample(index: int, rid: str, token_ids: Collection[int], limit: int) -> None:
             start = len(token_ids)
+            if self.max_request_tokens is not None:
+                limit = min(limit, self.max_request_tokens - start)
             for count in range(1, limit + 1):
                 await asyncio.sleep(self.seconds_per_token)
                 if self.pauses_after is not None and count > self.pauses_after:

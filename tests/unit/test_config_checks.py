@@ -148,6 +148,8 @@ def test_server_arguments_are_those_of_sglang(load, name, words):
         (["--reward.wrong_reward=1"], "must be greater than reward.wrong_reward (1)"),
         (["--algo.overlong_cache_tokens=1024"], "must be less than rollout.max_response_tokens (1024)"),
         (["--rollout.max_response_tokens=4000"], "(1024 + 4000 = 5024) must not exceed max_position_embeddings (4096)"),
+        ([SGLANG, "--rollout.max_response_tokens=3071"], "(4096), less 2 that SGLang keeps,"),
+        ([SGLANG, "--rollout.engine.max_total_tokens=2049"], "must not exceed rollout.engine.max_total_tokens (2049), less 2"),
         (["--algo.old_log_probs=engine", "--rollout.top_p=0.7"], "algo.old_log_probs engine needs rollout.top_p 1"),
         (["--algo.tis_clip=2", "--algo.old_log_probs=engine"], "algo.tis_clip (2) has no effect with algo.old_log_probs engine"),
         (["--algo.tis_clip=2", "--rollout.top_k=5"], "algo.tis_clip needs rollout.top_p 1 and no rollout.top_k (now 1 and 5)"),

@@ -12,6 +12,7 @@ import pytest
 from dapo_megatron.config.schema import SglangEngineConfig
 from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult, SamplingParams
 from dapo_megatron.rollout.partial_sample import PartialSample
+from dapo_megatron.rollout.room import require_room
 from dapo_megatron.rollout.routed_experts import ExpertShape
 from dapo_megatron.rollout.router import Router
 from dapo_megatron.types import EngineEndpoint, EngineError, EngineLostError, FingerprintError, Sample, VersionGoneError
@@ -297,6 +298,16 @@ async def test_tokens_of_another_weight_version_are_refused():
             await complete(router, request(0))
 
 
+async def test_response_that_a_server_cuts_off_before_its_limit_ends_the_run():
+    async with fleet(1) as (router, state):
+        state.servers["engine 0"].max_request_tokens = len(PROMPT) + 6
+        assert_whole((await complete(router, request(0, max_response_tokens=6)))[0], 6)
+        with pytest.raises(
+            EngineError, match=r"cut a response to request 0 off after 6 tokens, before its max_response_tokens \(8\)"
+        ):
+            await complete(router, request(0))
+
+
 async def test_run_ends_when_no_engine_comes_back_in_time():
     async with fleet(1, restart_deadline_seconds=0.1) as (router, state):
         state.comes_back = False
@@ -355,14 +366,50 @@ async def test_engines_take_turns_with_the_actor_weights_first():
         assert server.memory_calls == ["update", *turn]
 
 
-async def test_memory_is_not_released_under_a_request():
+async def test_memory_is_not_released_and_weights_do_not_change_under_a_request():
     async with fleet(1) as (router, state):
         state.servers["engine 0"].seconds_per_token = 0.01
         work = asyncio.ensure_future(complete(router, request(0)))
         await asyncio.sleep(0)
-        with pytest.raises(EngineError, match="1 requests are in work"):
+        with pytest.raises(EngineError, match="1 requests are in work; memory is released between rollouts only"):
             await router.release_memory()
-        await work
+        with pytest.raises(EngineError, match="1 requests are in work; weights are updated between rollouts only"):
+            await update(router, state, 1)
+        assert_whole((await work)[0])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_no_token_is_drawn_from_weights_that_have_not_arrived(fails: bool):
+    async with fleet(1) as (router, state):
+        may_end = asyncio.Event()
+
+        async def push(endpoints: Sequence[EngineEndpoint]) -> Report:
+            await may_end.wait()
+            raise FingerprintError("embedding differs")
+
+        updating = asyncio.ensure_future(router.update_weights(1, push))
+        await asyncio.sleep(0)
+        if fails:
+            may_end.set()
+            with pytest.raises(FingerprintError):
+                await updating
+        with pytest.raises(EngineError, match="weight version 1 has not reached the engines"):
+            await complete(router, request(0))
+        assert state.servers["engine 0"].prompts == []
+        updating.cancel()
+        await asyncio.wait([updating])
+        await update(router, state, 2)
+        assert_whole((await complete(router, request(0)))[0], version=2)
+
+
+async def test_servers_of_somebody_else_keep_their_memory_and_a_lost_one_does_not_hold_up_the_actor():
+    async with fleet(2, engine_urls=("http://somewhere", "http://elsewhere")) as (router, state):
+        await state.servers["engine 0"].die()
+        state.may_start.clear()
+        assert_whole((await complete(router, request(0), request(1)))[1])
+        assert state.restarts == ["engine 0"]
+        await asyncio.wait_for(router.release_memory(), 1)
+        assert state.servers["engine 1"].memory_calls == []
 
 
 async def test_server_that_does_not_end_what_is_aborted_is_not_waited_for(monkeypatch: pytest.MonkeyPatch):
@@ -493,6 +540,20 @@ async def test_server_that_does_not_say_where_tokens_went_is_an_error(monkeypatc
         monkeypatch.setattr("tests.unit.fake_server.routed_experts", lambda start, end: routed_experts(start, end - 1))
         with pytest.raises(EngineError, match=r"routed experts of 9 tokens of 10; start it with --enable-return-routed-experts"):
             await complete(router, request(0))
+
+
+async def test_servers_without_room_for_the_longest_request_are_refused():
+    server = FakeServer("engine 0")
+    endpoint = await server.start()
+    try:
+        await require_room([endpoint], 4094)
+        with pytest.raises(EngineError, match="engine 0 has room for 4094 tokens a request.*are 4095"):
+            await require_room([endpoint], 4095)
+        server.info["max_total_num_tokens"] = 3000
+        with pytest.raises(EngineError, match="engine 0 has room for 2998 tokens"):
+            await require_room([endpoint], 4094)
+    finally:
+        await server.die()
 
 
 def test_experts_that_the_model_does_not_have_are_refused():
