@@ -63,6 +63,7 @@ OWNED_SERVER_ARGUMENTS: Mapping[str, str] = {
     "device": "the machine",
     "host": "the launcher",
     "port": "the launcher",
+    "nccl_port": "the launcher",
     "api_key": "the launcher",
     "base_gpu_id": "the launcher",
     "weight_version": "the weight sync",

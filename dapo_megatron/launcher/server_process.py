@@ -39,6 +39,7 @@ class ServerProcess:
                 num_threads=engine.num_threads or max(1, (os.cpu_count() or 1) // ranks),
                 gpu_ids=gpu_ids,
                 host=host,
+                share_of_ports=(self._index, config.rollout.num_engines),
                 random_seed=config.run.seed * 1009 + self._index,
                 memory_saver=config.cluster.placement == "colocated",
             ),

@@ -3,7 +3,8 @@
     SglangServer ── pipe ──> process_guard ──> python -m sglang.launch_server --config FILE ──> ranks, detokenizer
 
 The guard ends the whole tree when the process that holds the SglangServer is gone. All settings are in FILE (mode 0600, removed
-once the server has read it), so the API key does not show in the list of processes.
+once the server has read it), so the API key does not show in the list of processes. FILE is in the server's own folder for
+temporary files, which goes when the server has ended, and with it the sockets that SGLang leaves there.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -60,6 +62,8 @@ class ServerSpec:
     """Address to listen on: loopback, or the machine's private one."""
     port: int | None = None
     """None: a free one."""
+    share_of_ports: tuple[int, int] = (0, 1)
+    """(i, n): free ports are looked for in the i-th of n shares, so that servers that start at the same time do not take the same one."""
     random_seed: int = 0
     memory_saver: bool = False
     """Let weights and KV cache be released between rollouts; GPUs only."""
@@ -75,7 +79,8 @@ class SglangServer:
         self._guard: subprocess.Popen[str] | None = None
         self._pid: int | None = None
         self._port = spec.port
-        self._settings_file: Path | None = None
+        self._rendezvous_port: int | None = None
+        self._folder: Path | None = None
 
     @property
     def pid(self) -> int:
@@ -114,6 +119,7 @@ class SglangServer:
                     f"(cluster.startup_deadline_seconds), or see what it waits for. {self.log_tail()}"
                 )
             time.sleep(_POLL_SECONDS)
+        self._tell_guard()
         return self.endpoint
 
     def is_alive(self) -> bool:
@@ -122,20 +128,29 @@ class SglangServer:
 
     def stop(self) -> None:
         """End all processes of the server; stopping twice is harmless."""
-        if self._settings_file is not None:
-            self._settings_file.unlink(missing_ok=True)
         guard, self._guard = self._guard, None
-        if guard is None:
-            return
-        assert guard.stdin is not None
-        guard.stdin.close()
-        self._signal(signal.SIGCONT)  # a stopped process does not hear the request to end
-        try:
-            guard.wait(STOP_SECONDS + 5.0)
-        except subprocess.TimeoutExpired:
-            self._signal(signal.SIGKILL)
-            guard.kill()
-            guard.wait()
+        if guard is not None:
+            assert guard.stdin is not None and guard.stdout is not None
+            with suppress(BrokenPipeError):
+                guard.stdin.close()
+            self._signal(signal.SIGCONT)  # a stopped process does not hear the request to end
+            try:
+                guard.wait(STOP_SECONDS + 5.0)
+            except subprocess.TimeoutExpired:
+                self._signal(signal.SIGKILL)
+                guard.kill()
+                guard.wait()
+            guard.stdout.close()
+        if self._folder is not None:  # where the guard could not
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _tell_guard(self) -> None:
+        """That the server is up, and has all the shared memory that it will have."""
+        assert self._folder is not None and self._guard is not None and self._guard.stdin is not None
+        (self._folder / _SETTINGS).unlink(missing_ok=True)
+        with suppress(BrokenPipeError):  # it has ended since; the next call to it says so
+            self._guard.stdin.write("up\n")
+            self._guard.stdin.flush()
 
     def _signal(self, number: int) -> None:
         if self._pid is not None:
@@ -151,17 +166,19 @@ class SglangServer:
     def _launch(self) -> None:
         spec = self._spec
         if spec.port is None:
-            self._port = free_port(spec.host)
+            self._port = free_port(spec.host, spec.share_of_ports)
         elif not _is_free(spec.host, spec.port):
             raise EngineError(f"{spec.name} cannot listen on {spec.host}:{spec.port}: the port is in use; choose another one.")
+        self._rendezvous_port = free_port("0.0.0.0", spec.share_of_ports, but=self._port)
         self._pid = None
         self._log_file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, path = tempfile.mkstemp(prefix="sglang_", suffix=".yaml")
-        self._settings_file = Path(path)
-        with os.fdopen(descriptor, "w") as file:
+        self._folder = Path(tempfile.mkdtemp(prefix="sglang_"))
+        settings = self._folder / _SETTINGS
+        settings.touch(0o600)
+        with settings.open("w") as file:
             yaml.safe_dump({name.replace("_", "-"): value for name, value in self._arguments().items()}, file)
-        command = [sys.executable, "-m", "dapo_megatron.rollout.process_guard"]
-        command += [sys.executable, "-m", "sglang.launch_server", "--config", path]
+        command = [sys.executable, "-m", "dapo_megatron.rollout.process_guard", "--clean", str(self._folder)]
+        command += [sys.executable, "-m", "sglang.launch_server", "--config", str(settings)]
         self._log_file.touch()
         self._log_file.chmod(0o600)  # SGLang writes its arguments there, the key among them
         with self._log_file.open("a") as log:
@@ -196,6 +213,7 @@ class SglangServer:
             "host": spec.host,
             "port": self._port,
             "api_key": self._api_key,
+            "nccl_port": self._rendezvous_port,
             "weight_version": "0",
             "random_seed": spec.random_seed,
             "skip_tokenizer_init": True,
@@ -214,6 +232,9 @@ class SglangServer:
             inherited["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, spec.gpu_ids))
         no_proxy = ",".join(filter(None, [inherited.get("NO_PROXY"), spec.host, "127.0.0.1"]))
         own = {"NO_PROXY": no_proxy, "no_proxy": no_proxy, "PYTHONUNBUFFERED": "1"}
+        if len(str(self._folder)) <= _LONGEST_FOLDER:
+            own["TMPDIR"] = str(self._folder)
+            inherited.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")))
         if spec.device == "cpu":
             own |= cpu_environment(self._model_type(), spec.config.tensor_parallel_size, spec.num_threads, inherited)
         return inherited | own
@@ -231,8 +252,6 @@ class SglangServer:
         request.add_header("Authorization", f"Bearer {self._api_key}")
         try:
             with _OPENER.open(request, timeout=_READY_TIMEOUT_SECONDS):
-                if self._settings_file is not None:
-                    self._settings_file.unlink(missing_ok=True)
                 return True
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             return False
@@ -240,15 +259,22 @@ class SglangServer:
 
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Engines are reached directly, whatever proxy the environment names."""
+_MOST_SHARES = 512
+"""25 ports each."""
+_SETTINGS = "settings.yaml"
+_LONGEST_FOLDER = 70
+"""The path of a socket has 107 bytes at most; multiprocessing's add 32 to its folder. In a longer one SGLang's stay where they are."""
 _NOT_INHERITED = frozenset({"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"})
 """A launcher's or an actor rank's view of its own world, which the server would take for its own."""
 
 
-def free_port(host: str) -> int:
-    """A port of `host` that nobody listens on. EngineError when a thousand are taken."""
+def free_port(host: str, share: tuple[int, int] = (0, 1), *, but: int | None = None) -> int:
+    """A port of `host` that nobody listens on, in the i-th of n shares, and not `but`. EngineError when a thousand are taken."""
+    index, num_shares = share[0], min(share[1], _MOST_SHARES)
+    ports = range(FIRST_PORT + index % num_shares, LAST_PORT + 1, num_shares)
     for _ in range(1000):
-        port = FIRST_PORT + secrets.randbelow(LAST_PORT - FIRST_PORT + 1)
-        if _is_free(host, port):
+        port = secrets.choice(ports)
+        if port != but and _is_free(host, port):
             return port
     raise EngineError(f"no port between {FIRST_PORT} and {LAST_PORT} of {host} is free; end what listens there.")
 

@@ -1,6 +1,7 @@
 """What needs no SGLang: the guard of a server's processes, and ports."""
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 
 from dapo_megatron.config.schema import SglangEngineConfig
 from dapo_megatron.rollout.sglang_cpu import cpu_environment
-from dapo_megatron.rollout.sglang_server import ServerSpec, SglangServer, free_port
+from dapo_megatron.rollout.sglang_server import FIRST_PORT, ServerSpec, SglangServer, free_port
 from dapo_megatron.types import EngineError
 
 GUARD = [sys.executable, "-m", "dapo_megatron.rollout.process_guard"]
@@ -80,6 +81,44 @@ def test_guard_ends_the_children_of_a_command_that_ended_and_has_its_exit_code()
         wait_until_gone(child)
 
 
+MAPS = """
+import mmap, sys, time
+maps = []
+for name in sys.argv[1:]:
+    with open(name, "w+b") as file:
+        file.truncate(4096)
+        maps.append(mmap.mmap(file.fileno(), 4096))
+print("mapped", file=sys.stderr, flush=True)
+time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_shared_memory_of_a_command_goes_with_it_and_so_does_its_folder(is_killed: bool, tmp_path: Path):
+    folder = tmp_path / "sockets"
+    folder.mkdir()
+    (folder / "socket").touch()
+    own = [Path(f"/dev/shm/{name}_{secrets.token_hex(4)}") for name in ("sgl_shm_mq", "sglang_loads", "sem.mp-test")]
+    actors = Path(f"/dev/shm/torch_{secrets.token_hex(4)}")
+    try:
+        with guarded("--clean", str(folder), sys.executable, "-c", MAPS, *map(str, [*own, actors])) as guard:
+            assert guard.stdin and guard.stdout and guard.stderr
+            server = int(guard.stdout.readline())
+            assert guard.stderr.readline() == "mapped\n"
+            guard.stdin.write("up\n")
+            assert guard.stdout.readline() == "seen\n"
+            assert all(file.exists() for file in (folder, *own, actors))
+            if is_killed:
+                os.killpg(server, signal.SIGKILL)
+            else:
+                guard.stdin.close()
+            guard.wait(10)
+        assert not any(file.exists() for file in (folder, *own)) and actors.exists()
+    finally:
+        for file in (*own, actors):
+            file.unlink(missing_ok=True)
+
+
 def test_port_in_use_is_named(tmp_path: Path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -93,6 +132,18 @@ def test_port_in_use_is_named(tmp_path: Path):
 def test_free_port_can_be_listened_on():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", free_port("127.0.0.1")))
+
+
+def test_servers_that_start_together_look_for_ports_in_shares_of_their_own():
+    found = [{free_port("127.0.0.1", (index, 3)) % 3 for _ in range(20)} for index in range(3)]
+    assert all(len(rests) == 1 for rests in found) and len(set.union(*found)) == 3
+    assert free_port("127.0.0.1", (4000, 10_000)) != free_port("127.0.0.1", (4001, 10_000))
+
+
+def test_a_server_gets_two_different_ports(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("dapo_megatron.rollout.sglang_server.LAST_PORT", FIRST_PORT + 1)
+    first = free_port("127.0.0.1")
+    assert {first, free_port("127.0.0.1", but=first)} == {FIRST_PORT, FIRST_PORT + 1}
 
 
 @pytest.mark.skipif(find_spec("sglang") is None, reason="pip install 'dapo-megatron[sglang]'")
