@@ -202,13 +202,13 @@ class SglangEngine:
 def _piece(event: dict[str, Any], num_before: int) -> Piece:
     """One event of the stream (`incremental_streaming_output`); `num_before` tokens of the sample came earlier."""
     meta = event["meta_info"]
-    # A sample aborted while it waits repeats tokens that were sent before; the count is right.
-    num_new = meta["completion_tokens"] - num_before
-    token_ids = (event.get("output_ids") or [])[-num_new:] if num_new else []
+    # A sample aborted while it waits repeats its last token behind the new ones, and all log-probs; the count is right.
+    num_new = max(meta["completion_tokens"] - num_before, 0)
+    token_ids = (event.get("output_ids") or [])[:num_new]
     log_probs = [entry[0] for entry in (meta.get("output_token_logprobs") or [])[-num_new:]] if num_new else []
-    if len(log_probs) != len(token_ids):
+    if not num_new == len(log_probs) == len(token_ids):
         raise EngineError(
-            f"a SGLang server sent {len(token_ids)} tokens with {len(log_probs)} log-probs; start it with "
+            f"a SGLang server sent {len(token_ids)} tokens with {len(log_probs)} log-probs where {num_new} are new; start it with "
             "--skip-tokenizer-init --incremental-streaming-output."
         )
     finish = meta.get("finish_reason") or {}

@@ -70,13 +70,15 @@ async def test_response_fills_the_room_that_a_server_has_and_is_not_cut_off_in_s
     client = SglangEngine(pair.endpoints[0])
     most = room(await client.get("/server_info", timeout_seconds=30))
     await client.close()
-    prompt = tuple(7 + index % 60 for index in range(most - 20))
+    prompt = tuple(7 + index % 60 for index in range(most - 3))
     async with routed(pair) as router:
-        fits, exceeds = (GenerateRequest(0, prompt, 1, 0, SamplingParams(max_response_tokens=limit)) for limit in (20, 21))
+        fits, exceeds = (
+            GenerateRequest(0, prompt, 1, 0, SamplingParams(temperature=0, max_response_tokens=limit)) for limit in (3, 4)
+        )
         (result,) = await complete(router, fits)
-        assert len(result.samples[0].token_ids) == 20 and result.samples[0].finish_reason == "length"
+        assert len(result.samples[0].token_ids) == 3 and result.samples[0].finish_reason == "length"
         with pytest.raises(
-            EngineError, match=r"cut a response to request 0 off after 20 tokens, before its max_response_tokens \(21\)"
+            EngineError, match=r"cut a response to request 0 off after 3 tokens, before its max_response_tokens \(4\)"
         ):
             await complete(router, exceeds)
 
