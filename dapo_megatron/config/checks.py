@@ -76,8 +76,8 @@ OWNED_SERVER_ARGUMENTS: Mapping[str, str] = {
 """Arguments of SGLang that `rollout.sglang_extra` may not touch, and who sets them."""
 
 
-_KEPT_BY_SGLANG = 2
-"""Tokens of a request's room that SGLang 0.5.23 leaves empty; it cuts a response that needs them short, without a word."""
+_KEPT_BY_SGLANG = 6
+"""Tokens of the context, or of the KV cache, that a request to SGLang 0.5.23 cannot have (`rollout/room.py`)."""
 
 
 def check_config(

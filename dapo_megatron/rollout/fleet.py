@@ -161,7 +161,7 @@ class Fleet:
         except TimeoutError:
             raise EngineError(
                 f"no engine could be brought back within rollout.engine.restart_deadline_seconds ({deadline:.0f}); "
-                f"the last loss: {self._last_loss}"
+                f"the last loss: {self._last_loss} (raise the deadline where a restart takes longer)"
             ) from self._last_loss
 
     def watch(self) -> None:

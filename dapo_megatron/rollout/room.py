@@ -10,8 +10,6 @@ from dapo_megatron.rollout.sglang_engine import SglangEngine
 from dapo_megatron.types import EngineEndpoint, EngineError
 
 CALL_SECONDS = 60.0
-_NOT_IN_INPUT = 4
-"""SGLang 0.5.23: prompt and response may have so many tokens more than `max_req_input_len`."""
 
 
 async def require_room(endpoints: Sequence[EngineEndpoint], num_tokens: int) -> None:
@@ -34,7 +32,7 @@ async def _room_of(endpoint: EngineEndpoint) -> int:
 
 
 def room(info: Mapping[str, Any]) -> int:
-    """Tokens that a request may have on a server that says `info` of itself."""
-    of_context: int = info["max_req_input_len"] + _NOT_IN_INPUT
+    """Tokens that a request may have on a server that says `info` of itself; a sample may also go on there before its last token."""
+    of_context: int = info["max_req_input_len"]
     of_cache: int = info["max_total_num_tokens"] - 2 * info["page_size"]
     return min(of_context, of_cache)

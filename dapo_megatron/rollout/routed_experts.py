@@ -43,10 +43,10 @@ class ExpertShape:
             numbers = np.frombuffer(base64.b64decode(text, validate=True), "<i4").reshape(-1, self.num_layers, self.top_k)
         except (binascii.Error, ValueError) as error:
             raise EngineError(
-                f"a server's routed experts are no table of {self.num_layers} layers x {self.top_k} experts: {error}"
+                f"a server's routed experts are no table of {self.num_layers} layers x {self.top_k} experts: {error}; serve the model that is trained"
             ) from error
         if numbers.size and not 0 <= numbers.min() <= numbers.max() < self.num_experts:
             raise EngineError(
-                f"a server routed tokens to experts {numbers.min()} .. {numbers.max()}, but the model has {self.num_experts}"
+                f"a server routed tokens to experts {numbers.min()} .. {numbers.max()}, but the model has {self.num_experts}; serve the model that is trained"
             )
         return numbers.astype(self.dtype)

@@ -143,7 +143,10 @@ class Sampler(ABC):
         """Generate and judge groups until the step has what it wants, or has submitted as many as it may."""
 
     def _drop_stale(self, step: StepLedger) -> None:
-        """Take the surplus that may still be trained on; an unfinished group with tokens that may not starts again."""
+        """Take the surplus that may still be trained on; an unfinished group with tokens that may not starts again.
+
+        So does one that a run with `partial_rollout` has left to a run without.
+        """
         versions = {engine.weight_version for engine in self._engines}
         if len(versions) != 1:
             raise EngineError(f"Engines hold weight versions {sorted(versions)}; send one version to all before collect().")
@@ -152,9 +155,15 @@ class Sampler(ABC):
             (step.accepted if group.oldest_weight_version >= oldest_allowed else step.stale).append(group)
         for place, unfinished in enumerate(self._unfinished):
             oldest = unfinished.oldest_weight_version
-            if oldest is not None and oldest < oldest_allowed:
+            if oldest is None:
+                continue
+            if not self._rules.partial_rollout:
+                step.num_tokens_aborted += unfinished.num_tokens
+            elif oldest < oldest_allowed:
                 step.num_tokens_stale_unfinished += unfinished.num_tokens
-                self._unfinished[place] = replace(unfinished, samples=())
+            else:
+                continue
+            self._unfinished[place] = replace(unfinished, samples=())
 
     def _judge(self, group: RolloutGroup, step: StepLedger) -> None:
         rules = self._rules

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, Literal
 
 import aiohttp
@@ -101,6 +102,9 @@ class SglangEngine:
                     event = json.loads(line[6:])
                     if "error" in event:
                         raise EngineError(f"{self.endpoint.name} refused to generate: {event['error'].get('message')}")
+                    finish = event["meta_info"].get("finish_reason") or {}
+                    if HTTPStatus.BAD_REQUEST <= (finish.get("status_code") or 0) < HTTPStatus.INTERNAL_SERVER_ERROR:
+                        raise EngineError(f"{self.endpoint.name} refused to generate: {finish.get('message')}")
                     index = event["index"]
                     piece = _piece(event, counts[index])
                     counts[index] += len(piece.token_ids)
@@ -204,6 +208,9 @@ def _piece(event: dict[str, Any], num_before: int) -> Piece:
     meta = event["meta_info"]
     # A sample aborted while it waits repeats its last token behind the new ones, and all log-probs; the count is right.
     num_new = max(meta["completion_tokens"] - num_before, 0)
+    finish = meta.get("finish_reason") or {}
+    if "status_code" in finish and not meta.get("output_token_logprobs"):
+        num_new = 0  # a sample that failed before it began has a token that stands in for none
     token_ids = (event.get("output_ids") or [])[:num_new]
     log_probs = [entry[0] for entry in (meta.get("output_token_logprobs") or [])[-num_new:]] if num_new else []
     if not num_new == len(log_probs) == len(token_ids):
@@ -211,7 +218,6 @@ def _piece(event: dict[str, Any], num_before: int) -> Piece:
             f"a SGLang server sent {len(token_ids)} tokens with {len(log_probs)} log-probs where {num_new} are new; start it with "
             "--skip-tokenizer-init --incremental-streaming-output."
         )
-    finish = meta.get("finish_reason") or {}
     return Piece(
         token_ids=token_ids,
         log_probs=log_probs,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from tests.sglang.conftest import MAX_DIFFERENCE, Pair, log_probs_of, needs_sgla
 
 pytestmark = [pytest.mark.sglang, needs_sglang, pytest.mark.timeout(300)]
 
+COLUMNS = ("token_ids", "log_probs", "weight_versions")
 PROMPTS = [(5, 17, 33, 2), (90, 4), (8, 8, 61, 44, 29, 73, 11), (100, 1, 50), (3,)]
 
 
@@ -70,17 +72,24 @@ async def test_response_fills_the_room_that_a_server_has_and_is_not_cut_off_in_s
     client = SglangEngine(pair.endpoints[0])
     most = room(await client.get("/server_info", timeout_seconds=30))
     await client.close()
-    prompt = tuple(7 + index % 60 for index in range(most - 3))
+    prompt = tuple(7 + index % 60 for index in range(most - 12))
     async with routed(pair) as router:
         fits, exceeds = (
-            GenerateRequest(0, prompt, 1, 0, SamplingParams(temperature=0, max_response_tokens=limit)) for limit in (3, 4)
+            GenerateRequest(0, prompt, 1, 0, SamplingParams(temperature=0, max_response_tokens=limit)) for limit in (12, 17)
         )
         (result,) = await complete(router, fits)
-        assert len(result.samples[0].token_ids) == 3 and result.samples[0].finish_reason == "length"
+        assert len(result.samples[0].token_ids) == 12 and result.samples[0].finish_reason == "length"
         with pytest.raises(
-            EngineError, match=r"cut a response to request 0 off after 3 tokens, before its max_response_tokens \(4\)"
+            EngineError, match=r"cut a response to request 0 off after 16 tokens, before its max_response_tokens \(17\)"
         ):
             await complete(router, exceeds)
+        begun = replace(
+            result.samples[0], finish_reason="abort", **{name: getattr(result.samples[0], name)[:11] for name in COLUMNS}
+        )
+        (resumed,) = await complete(router, replace(fits, started=(begun,)))
+        assert resumed.samples[0].token_ids.tolist() == result.samples[0].token_ids.tolist(), "it may go on before its last token"
+        with pytest.raises(EngineError, match="engine . refused to generate: Input length .* exceeds the maximum allowed length"):
+            await complete(router, GenerateRequest(0, (*prompt, *range(7, 19)), 1, 0, SamplingParams(max_response_tokens=1)))
 
 
 async def test_samples_of_a_group_differ_and_their_log_probs_count_the_temperature(pair: Pair, reference):

@@ -546,12 +546,12 @@ async def test_servers_without_room_for_the_longest_request_are_refused():
     server = FakeServer("engine 0")
     endpoint = await server.start()
     try:
-        await require_room([endpoint], 4094)
-        with pytest.raises(EngineError, match="engine 0 has room for 4094 tokens a request.*are 4095"):
-            await require_room([endpoint], 4095)
+        await require_room([endpoint], 4090)
+        with pytest.raises(EngineError, match="engine 0 has room for 4090 tokens a request.*are 4091"):
+            await require_room([endpoint], 4091)
         server.info["max_total_num_tokens"] = 3000
         with pytest.raises(EngineError, match="engine 0 has room for 2998 tokens"):
-            await require_room([endpoint], 4094)
+            await require_room([endpoint], 4090)
     finally:
         await server.die()
 

@@ -27,6 +27,9 @@ def event(output_ids: list[int], log_probs: list[float], num_so_far: int, **meta
 ABORT = {"finish_reason": {"type": "abort", "message": "Abort in waiting queue"}}
 
 
+FAULT = {"finish_reason": {"type": "abort", "message": "Out of memory", "status_code": 500}}
+
+
 @pytest.mark.parametrize(
     ("sent", "num_before", "tokens", "log_probs"),
     [
@@ -40,6 +43,8 @@ ABORT = {"finish_reason": {"type": "abort", "message": "Abort in waiting queue"}
             id="abort behind tokens that waited to be sent",
         ),
         pytest.param(event([], [], 0, **ABORT), 0, [], [], id="abort before the first token"),
+        pytest.param(event([86], [], 1, **FAULT), 0, [], [], id="a token that stands in for none"),
+        pytest.param(event([13, 14], [-3.0, -4.0], 4, **FAULT), 2, [13, 14], [-3.0, -4.0], id="fault in the middle"),
     ],
 )
 def test_every_token_is_taken_once_with_its_own_log_prob(

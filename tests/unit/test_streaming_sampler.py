@@ -234,6 +234,18 @@ async def test_restored_sampler_goes_on_with_what_was_unfinished():
     assert await run(restart=True) == await run(restart=False)
 
 
+async def test_tokens_that_a_run_with_partial_rollouts_left_do_not_go_on_in_one_without():
+    prompts = Prompts((2, 50), (2, 4), (2, 4))
+    streaming = sampler([TickEngine()], prompts, partial_rollout=True, in_flight_margin=0.5)
+    await streaming.collect(2)
+    (kept,) = streaming.state().unfinished
+    engine = TickEngine(weight_version=1)
+    batch = await sampler([engine], prompts, streaming.state()).collect(3)
+    assert kept.num_tokens == batch.stats.num_tokens_aborted > 0
+    assert all(request.started == () for request in engine.requests) and batch.groups[0].group_id == kept.group_id
+    assert {version for group in batch.groups for sample in group.samples for version in sample.weight_versions} == {1}
+
+
 async def test_waves_after_a_stream_count_what_was_kept_as_aborted():
     state = SamplerState(
         4, 1.0, (), (UnfinishedGroup(3, Prompt(3, (2, 9), "", ""), (Sample((1,), (0.0,), (0,), "abort", ""),) * G),)
