@@ -18,6 +18,8 @@ from dapo_megatron.layout.model_shape import Experts, GroupedQueryAttention, Mod
 
 COLLECTIVE_LATENCY_SECONDS = 12e-6
 """Of one collective within a node, beside its bytes."""
+DISPATCH_LINK_SHARE = 0.77
+"""Of NVLink's rate, by the kernels that send a token once: DeepEP's README has 153 and 158 GB/s of H800's 200."""
 ATTENTION_WITH_DROPOUT = 0.75
 """Rate of an attention kernel that draws random numbers over that of one that does not; assumed."""
 NETWORK_LATENCY_SECONDS = 25e-6
@@ -153,7 +155,8 @@ class Machine:
         if self.options.dispatch_once_per_node:
             ranks_of_token = (near - 1) * (1 - (1 - 1 / group) ** copies_per_token)
             inside_bytes = min(inside_bytes, num_bytes / copies_per_token * ranks_of_token)
-        inside = inside_bytes / (self.gpu.nvlink_gb_per_second * 1e9 * efficiency.link)
+        share = DISPATCH_LINK_SHARE if self.options.dispatch_once_per_node else efficiency.link
+        inside = inside_bytes / (self.gpu.nvlink_gb_per_second * 1e9 * share)
         sent = num_bytes * (group - near) / group
         if self.options.dispatch_once_per_node:
             num_nodes = group / near
