@@ -266,7 +266,9 @@ class Router:
             flight.num_aborts += 1
             logger.warning(f"{life.name} ended samples of request {request_id}: {reasons[0]}")
             if flight.num_aborts > MAX_ABORTS_BY_ENGINE:
-                raise EngineError(f"{life.name} ended request {request_id} {flight.num_aborts} times; look at its log.")
+                raise EngineError(
+                    f"{life.name} ended request {request_id} {flight.num_aborts} times, last with {reasons[0]!r}; look at its log."
+                )
         if life.is_lost:
             flight.num_losses += 1
             if flight.num_losses >= MAX_LOSSES:

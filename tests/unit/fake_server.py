@@ -36,6 +36,8 @@ class FakeServer:
         self.hangs = asyncio.Event()
         self.status = 200
         self.dies_of_requests = False
+        self.num_faults = 0
+        """Samples that it will end after their next token, of its own accord."""
         self.max_request_tokens: int | None = None
         """Prompt and response; a longer one is cut short, as SGLang does it."""
         self.info = {"max_req_input_len": 4090, "max_total_num_tokens": 65536, "page_size": 1}
@@ -126,10 +128,11 @@ class FakeServer:
                 if self.pauses_after is not None and count > self.pauses_after:
                     self.may_generate.clear()
                 await self.may_generate.wait()
-                end = "abort" if rid in self.aborted else "length" if count == limit else None
+                end = "abort" if rid in self.aborted or self.num_faults else "length" if count == limit else None
+                self.num_faults -= bool(self.num_faults)
                 meta = {
                     "id": rid,
-                    "finish_reason": {"type": end} if end else None,
+                    "finish_reason": {"type": end, "message": "Out of memory"} if end else None,
                     "output_token_logprobs": [[-0.5, start + count - 1, None]],
                     "weight_versions": [{"version": str(self.weight_version), "start": 0, "end": count}],
                     "completion_tokens": count,

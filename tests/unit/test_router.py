@@ -308,6 +308,17 @@ async def test_response_that_a_server_cuts_off_before_its_limit_ends_the_run():
             await complete(router, request(0))
 
 
+async def test_sample_that_a_server_ends_of_its_own_accord_goes_on_but_not_for_ever():
+    async with fleet(1) as (router, state):
+        server = state.servers["engine 0"]
+        server.num_faults = 3
+        assert_whole((await complete(router, request(0, num_samples=1)))[0])
+        assert [len(prompt) - len(PROMPT) for prompt in server.prompts] == [0, 1, 2, 3]
+        server.num_faults = 4
+        with pytest.raises(EngineError, match="engine 0 ended request 0 4 times, last with 'Out of memory'; look at its log"):
+            await complete(router, request(0, num_samples=1))
+
+
 async def test_run_ends_when_no_engine_comes_back_in_time():
     async with fleet(1, restart_deadline_seconds=0.1) as (router, state):
         state.comes_back = False

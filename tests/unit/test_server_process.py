@@ -142,6 +142,7 @@ def test_servers_that_start_together_look_for_ports_in_shares_of_their_own():
 
 def test_a_server_gets_two_different_ports(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("dapo_megatron.rollout.sglang_server.LAST_PORT", FIRST_PORT + 1)
+    monkeypatch.setattr("dapo_megatron.rollout.sglang_server._is_free", lambda host, port: True)
     first = free_port("127.0.0.1")
     assert {first, free_port("127.0.0.1", but=first)} == {FIRST_PORT, FIRST_PORT + 1}
 
