@@ -1,7 +1,8 @@
 """What the layers of the local spec keep for the backward pass: torch's own kernels, as the ranks run them on CPUs (`models/spec.py`).
 
 Norms compute in fp32 and keep a copy of their input, its normed form and the reciprocal root; the MLP keeps every step of SwiGLU;
-attention keeps queries, keys and values gathered into its tiles. Sequences of a micro-batch are taken to be equally long.
+attention keeps queries, keys and values gathered into its tiles. Sequences of a micro-batch are taken to be equally long and to share
+no prompt: tiles are then the packed tokens themselves.
 """
 
 from __future__ import annotations
@@ -38,9 +39,8 @@ def _attention(shape: ModelShape, width: int) -> tuple[Kept, ...]:
             if attention.qk_norm
             else ()
         ),
-        Kept("attention", 4 * width * attention.head_dim, "whole"),  # cosines and sines, for queries and for keys
-        Kept("attention", width * (queries + 2 * keys), "tensor"),  # in tiles
-        Kept("attention", 2 * width * queries, "tensor"),  # attention output in tiles, and packed again
+        Kept("attention", width * (queries + 2 * keys), "tensor"),  # queries and keys rotated
+        Kept("attention", width * queries, "tensor"),  # attention output
         Kept("attention", 4 * attention.num_heads, "tensor"),  # log-sum-exp
     )
 

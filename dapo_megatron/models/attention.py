@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, scaled_dot_product_attention
 
 from dapo_megatron.models.packed import PackedSequences
+from dapo_megatron.models.rope import rotate
 
 
 class PackedSelfAttention(MegatronModule):
@@ -46,10 +47,10 @@ class PackedSelfAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSequences | None = None,
     ) -> Tensor:
-        assert packed_seq_params is not None and packed_seq_params.gather is not None
-        assert packed_seq_params.scatter is not None
-        # As an embedding: its backward adds up rows in parallel, index_select's does not.
-        slots = [embedding(packed_seq_params.gather, x.flatten(1)).unflatten(1, x.shape[-2:]) for x in (query, key, value)]
+        assert packed_seq_params is not None
+        if packed_seq_params.rotation is not None:
+            query, key = (rotate(x, *packed_seq_params.rotation) for x in (query, key))
+        slots = [_rows(x.flatten(1), packed_seq_params.gather).unflatten(1, x.shape[-2:]) for x in (query, key, value)]
         grouped = query.shape[-2] != key.shape[-2]
         outputs, first = [], 0
         for num_sequences, longest in packed_seq_params.tile_shapes:
@@ -59,8 +60,14 @@ class PackedSelfAttention(MegatronModule):
             out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
             outputs.append(out.transpose(1, 2).flatten(0, 1))
             first = last
-        return embedding(packed_seq_params.scatter, torch.cat(outputs).flatten(1)).unsqueeze(1)
+        joined = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        return _rows(joined.flatten(1), packed_seq_params.scatter).unsqueeze(1)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """No parameters."""
         return {}
+
+
+def _rows(table: Tensor, indices: Tensor | None) -> Tensor:
+    """Of a table [rows, width]; None: all of them. As an embedding, whose backward adds up rows in parallel; index_select's does not."""
+    return table if indices is None else embedding(indices, table)

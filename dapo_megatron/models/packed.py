@@ -23,14 +23,16 @@ class PackedSequences(PackedSeqParams):
 
     Attention works on tiles: sequences of similar length side by side, right-padded, so that one causal kernel serves many of
     them. `gather` [sum N*L] picks the packed token of each tile slot (slot padding repeats token 0), `scatter` [T] a
-    tile slot of each packed token. `qkv_format` is not "thd": megatron-core then treats the pack as one sequence of batch 1,
-    and positions come from `positions` [T].
+    tile slot of each packed token; both are None where slots and tokens are the same, as in a pack of one sequence. `qkv_format`
+    is not "thd": megatron-core then treats the pack as one sequence of batch 1, and positions come from `positions` [T].
+    `rotation` is what the rotary embedding makes of them: cosine and sine [T, 1, 1, head_dim / 2].
     """
 
     positions: Tensor | None = None
     tile_shapes: tuple[tuple[int, int], ...] = ()
     gather: Tensor | None = None
     scatter: Tensor | None = None
+    rotation: tuple[Tensor, Tensor] | None = None
 
 
 def pack_sequences(sequences: Sequence[np.ndarray], device: torch.device) -> PackedSequences:
@@ -57,14 +59,16 @@ def pack_sequences(sequences: Sequence[np.ndarray], device: torch.device) -> Pac
             scatter[sequence] = first_slot + np.arange(length)
             first_slot += longest
         gather.append(places.ravel())
+    slots = np.concatenate(gather)
+    is_permuted = not np.array_equal(slots, np.arange(total))
     return PackedSequences(
         qkv_format="sbhd",
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
         positions=torch.from_numpy(positions).to(device),
         tile_shapes=tuple(shapes),
-        gather=torch.from_numpy(np.concatenate(gather)).to(device),
-        scatter=torch.from_numpy(scatter).to(device),
+        gather=torch.from_numpy(slots).to(device) if is_permuted else None,
+        scatter=torch.from_numpy(scatter).to(device) if is_permuted else None,
     )
 
 

@@ -53,7 +53,77 @@ def _yarn_scaled(frequencies: Tensor, scaling: YarnScaling, architecture: Archit
 
 
 class PackedRotaryEmbedding(RotaryEmbedding):
-    """Looks angles up by each packed token's own position, so one call rotates the whole pack."""
+    """Notes the rotation of each packed token, by its own position, for `PackedSelfAttention`, which does it.
+
+    megatron-core's own, without TransformerEngine, takes a dozen passes over queries and keys and works the angles out in each layer.
+    """
+
+    def get_rotary_seq_len(
+        self,
+        inference_context: Any,
+        transformer: Any,
+        transformer_input: Any,
+        transformer_config: Any,
+        packed_seq_params: PackedSeqParams,
+        **_: object,
+    ) -> None:
+        """GPTModel hands the result to `forward`, and that of `forward` to the layers."""
+        assert isinstance(packed_seq_params, PackedSequences) and packed_seq_params.positions is not None
+        if packed_seq_params.rotation is None:
+            angles = _angles(packed_seq_params.positions, self.inv_freq)[:, None, None, :]
+            packed_seq_params.rotation = (
+                angles.cos().to(transformer_config.params_dtype),
+                angles.sin().to(transformer_config.params_dtype),
+            )
+
+    def forward(self, *_: object, **__: object) -> None:
+        """No angles: megatron-core then rotates nothing."""
+
+
+def _angles(positions: Tensor, frequencies: Tensor) -> Tensor:
+    """[T, head_dim / 2]."""
+    return positions.to(frequencies.dtype)[:, None] * frequencies.to(positions.device)
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """x [T, 1, heads, head_dim], its halves (a, b) as (a cos - b sin, b cos + a sin); cosine and sine [T, 1, 1, head_dim / 2].
+
+    All of one dtype.
+    """
+    return _Rotation.apply(x, cosine, sine)
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        ctx.save_for_backward(cosine, sine)
+        return _rotated(x, cosine, sine, sign=1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cosine, sine = ctx.saved_tensors
+        return _rotated(grads[0], cosine, sine, sign=-1), None, None
+
+
+def _rotated(x: Tensor, cosine: Tensor, sine: Tensor, sign: int) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    first, second = out.chunk(2, dim=-1)
+    torch.mul(a, cosine, out=first).addcmul_(b, sine, value=-sign)
+    torch.mul(b, cosine, out=second).addcmul_(a, sine, value=sign)
+    return out
+
+
+class PackedLatentRotaryEmbedding(RotaryEmbedding):
+    """Angles of packed tokens, each by its own position, for megatron-core's latent attention."""
+
+    def __init__(self, architecture: Architecture, config: MLATransformerConfig) -> None:
+        super().__init__(
+            kv_channels=architecture.head_dim, rotary_percent=1.0, use_cpu_initialization=config.use_cpu_initialization
+        )
+        scaling = architecture.rope_scaling
+        self.magnitude = scaling.magnitude if isinstance(scaling, YarnScaling) else None
+        self.inv_freq = inverse_frequencies(architecture)
 
     def get_rotary_seq_len(
         self,
@@ -64,28 +134,12 @@ class PackedRotaryEmbedding(RotaryEmbedding):
         packed_seq_params: PackedSeqParams,
         **_: object,
     ) -> Tensor:
-        """Positions [T] instead of a length; GPTModel hands them to `forward`."""
+        """Positions [T] instead of a length; latent attention hands them to `forward`."""
         assert isinstance(packed_seq_params, PackedSequences) and packed_seq_params.positions is not None
         return packed_seq_params.positions
 
-    def forward(self, positions: Tensor, **_: object) -> Tensor:
-        """Angles [T, 1, 1, head_dim]."""
-        half = positions.to(self.inv_freq.dtype)[:, None] * self.inv_freq.to(positions.device)
-        return torch.cat((half, half), dim=-1)[:, None, None, :]
-
-
-class PackedLatentRotaryEmbedding(PackedRotaryEmbedding):
-    """As `PackedRotaryEmbedding` inside megatron-core's latent attention, which drops the batch axis of packed sequences."""
-
-    def __init__(self, architecture: Architecture, config: MLATransformerConfig) -> None:
-        super().__init__(
-            kv_channels=architecture.head_dim, rotary_percent=1.0, use_cpu_initialization=config.use_cpu_initialization
-        )
-        scaling = architecture.rope_scaling
-        self.magnitude = scaling.magnitude if isinstance(scaling, YarnScaling) else None
-        self.inv_freq = inverse_frequencies(architecture)
-
     def forward(self, positions: Tensor, **_: object) -> Any:
         """Angles [T, 1, head_dim]; under YaRN with the magnitude of the rotated vectors."""
-        angles = super().forward(positions).squeeze(1)
+        half = _angles(positions, self.inv_freq)
+        angles = torch.cat((half, half), dim=-1)[:, None, :]
         return angles if self.magnitude is None else (angles, self.magnitude)

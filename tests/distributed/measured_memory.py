@@ -69,7 +69,9 @@ def measure(rank: int, init_method: str, config: Config, batch: TrainBatch) -> M
     policy = worker.policy
     micro_batches = worker.tensors(batch.share(data_parallel_rank()).optimizer_steps[0])
     parameters = [parameter for module in policy.modules for parameter in module.parameters()]
-    shared = [buffer for module in policy.modules for buffer in module.buffers()]
+    train_micro_batches(policy.chunks, micro_batches, policy.head, config.algo, None)
+    rotations = [tensor for batch in micro_batches for tensor in batch.packed.rotation or ()]
+    shared = [*rotations, *(buffer for module in policy.modules for buffer in module.buffers())]
     saved = _SavedTensors([*parameters, *shared])
     policy.zero_grad()
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda holder: holder.tensor):

@@ -53,7 +53,6 @@ CASES = (
     Case("tp2_fp32", "llama", {"tensor_parallel_size": 2}, dtype="fp32"),
     Case("pp2", "llama", {"pipeline_parallel_size": 2}),
     Case("pp2_vpp2", "llama3_tied", {"pipeline_parallel_size": 2, "virtual_pipeline_size": 2}),
-    # Each checkpoint also holds the rotary frequencies: 1.6 % of so small a model, nothing of a real one.
     Case("pp2_full_recompute", "llama", {"pipeline_parallel_size": 2, "recompute": "full"}),
     Case("dp2", "qwen2", {"num_ranks": 2}),
     # Routing is not balanced within a micro-batch; over all tokens of the ranks it is what the planner counts.
