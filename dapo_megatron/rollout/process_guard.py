@@ -38,7 +38,7 @@ def main(command: list[str]) -> int:
     if guard := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(guard, 0)[1])
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, start_new_session=True)
-    print(process.pid, flush=True)
+    _say(f"{process.pid}")
     ended = os.pidfd_open(process.pid)
     # poll and not select: a server's environment may have many descriptors open.
     poll = select.poll()
@@ -51,7 +51,7 @@ def main(command: list[str]) -> int:
         is_held = bool(os.read(sys.stdin.fileno(), 4096))
         if is_held and folder is not None:
             left_behind = shared_memory_of(process.pid)
-            print("seen", flush=True)
+            _say("seen")
     if not is_held and hears_sigterm:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
@@ -73,11 +73,17 @@ def shared_memory_of(group: int) -> set[Path]:
         with suppress(OSError):  # it has ended meanwhile, or is another user's
             if os.getpgid(int(process.name)) != group:
                 continue
-            for line in (process / "maps").read_text().splitlines():
+            for line in (process / "maps").read_text(errors="replace").splitlines():
                 _, found, name = line.partition(f" {SHARED_MEMORY}/")
                 if found and name.startswith(OWN_NAMES):
                     files.add(SHARED_MEMORY / name.removesuffix(" (deleted)"))
     return files
+
+
+def _say(line: str) -> None:
+    """Nobody listens any more where the holder has died since; the command is still to be ended then."""
+    with suppress(OSError):
+        os.write(sys.stdout.fileno(), f"{line}\n".encode())
 
 
 def _signal_group(group: int, number: int) -> None:

@@ -81,6 +81,28 @@ def test_guard_ends_the_children_of_a_command_that_ended_and_has_its_exit_code()
         wait_until_gone(child)
 
 
+@pytest.mark.parametrize("dies", ["before it knows the pid", "after it said that the command is up"])
+def test_command_ends_when_its_holder_does_not_listen_any_more(dies: str, tmp_path: Path):
+    started = tmp_path / "pid"
+    with guarded(
+        "--clean", str(tmp_path / "folder"), "bash", "-c", f"echo $$ > {started}.new; mv {started}.new {started}; sleep 1000"
+    ) as guard:
+        assert guard.stdin and guard.stdout
+        if dies == "before it knows the pid":
+            guard.stdout.close()
+        else:
+            guard.stdout.readline()
+            guard.stdout.close()
+            guard.stdin.write("up\n")
+        end = time.monotonic() + 10
+        while not started.exists():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        guard.stdin.close()
+        guard.wait(10)
+        wait_until_gone(int(started.read_text()))
+
+
 MAPS = """
 import mmap, sys, time
 maps = []
