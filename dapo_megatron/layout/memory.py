@@ -63,14 +63,21 @@ def plan_memory(
         StageMemory(stage, _phases(shape, layout, options, gpu_bytes, stage, states[stage], layers[stage], colocated, embedded))
         for stage in (range(layout.pipeline_parallel_size) if stages_asked is None else sorted(stages_asked))
     )
-    own, kv_tokens = None, None
-    if engine is not None and layout.engine is not None:
-        pool = engine.kv_pool_bytes(layout.engine.mem_fraction_static, gpu_bytes)
-        kv_tokens = int(pool / engine.kv_bytes_per_token)
-        own = None if colocated else _engine_phase(engine, pool)
+    own = None
+    if engine is not None and layout.engine is not None and not colocated:
+        own = _engine_phase(engine, engine.kv_pool_bytes(layout.engine.mem_fraction_static, gpu_bytes))
     if embedded is not None and layout.embedded is not None and not layout.embedded.colocated:
         own = _embedded_phase(embedded)
-    return MemoryPlan(stages, _host_items(layout, options, states), _checkpoint(shape, layout, options), own, kv_tokens)
+    cache = kv_cache_tokens(shape, layout, gpu_bytes, options)
+    return MemoryPlan(stages, _host_items(layout, options, states), _checkpoint(shape, layout, options), own, cache)
+
+
+def kv_cache_tokens(shape: ModelShape, layout: Layout, gpu_bytes: float, options: MemoryOptions = DEFAULT_OPTIONS) -> int | None:
+    """What the KV cache of one server holds; None without servers."""
+    if layout.engine is None:
+        return None
+    engine = engine_memory(shape, layout.engine, options)
+    return int(engine.kv_pool_bytes(layout.engine.mem_fraction_static, gpu_bytes) / engine.kv_bytes_per_token)
 
 
 def train_allocated_bytes(shape: ModelShape, layout: Layout, options: MemoryOptions = DEFAULT_OPTIONS) -> tuple[float, ...]:

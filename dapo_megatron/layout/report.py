@@ -17,6 +17,7 @@ from dapo_megatron.layout.layout import Layout
 from dapo_megatron.layout.memory_records import MemoryItem, PhaseMemory, StageMemory
 from dapo_megatron.layout.plan import Candidate, Plan, PlanRequest, Rejection, RejectionKind
 from dapo_megatron.layout.report_yaml import yaml_of
+from dapo_megatron.layout.search import cut_sizes
 from dapo_megatron.layout.space import release_problem
 from dapo_megatron.layout.step_time import PHASES
 
@@ -138,15 +139,7 @@ def best_of_cuts(candidates: Sequence[Candidate]) -> list[Candidate]:
     """The fastest candidate of each way to cut the model, fastest first."""
     found: dict[tuple[int, ...], Candidate] = {}
     for candidate in candidates:
-        layout = candidate.layout
-        cut = (
-            layout.tensor_parallel_size,
-            layout.pipeline_parallel_size,
-            layout.context_parallel_size,
-            layout.expert_parallel_size,
-            layout.expert_tensor_parallel_size,
-        )
-        found.setdefault(cut, candidate)
+        found.setdefault(cut_sizes(candidate.layout), candidate)
     return list(found.values())
 
 
@@ -187,7 +180,7 @@ def _table(plan: Plan, best: Sequence[Candidate]) -> Table:
         Column("recompute", overflow="fold", min_width=16),
         Column("engines", no_wrap=True),
         *(Column(name, justify="right", no_wrap=True, min_width=len(name)) for name in numbers),
-        title=f"{len(plan.candidates):,} of {plan.num_enumerated:,} layouts fit; the best of each cut of the model",
+        title=f"{len(plan.candidates):,} of {plan.num_enumerated:,} layouts fit and are in the running; the best of each cut of the model",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )

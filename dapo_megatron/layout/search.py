@@ -2,13 +2,14 @@
 
 Every cut of the model has a bound: its training without recompute beside the fastest generation possible. Cuts are looked at from the
 lowest bound on, and when enough layouts fit that are faster than the next bound, the cuts that are left are slower, each with its
-bound. Of one cut and token limit, recompute that keeps more is faster, so once one fits those after it are only slower; and what does
+bound. When enough cuts have a layout that fits, memory is planned only for what is faster than the slowest of the best of them. Of one cut and token limit, recompute that keeps more is faster, so once one fits those after it are only slower; and what does
 not fit with few tokens does not fit with more.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -18,7 +19,7 @@ from dapo_megatron.layout.fit import reason_not_fitting
 from dapo_megatron.layout.gains import gains_of, limit_of
 from dapo_megatron.layout.layer_time import Machine, TimeOptions
 from dapo_megatron.layout.layout import FULL_RECOMPUTE, Layout, Recompute
-from dapo_megatron.layout.memory import plan_memory
+from dapo_megatron.layout.memory import kv_cache_tokens, plan_memory
 from dapo_megatron.layout.memory_records import DEFAULT_OPTIONS, MemoryOptions, MemoryPlan, Precision
 from dapo_megatron.layout.model_shape import ModelShape
 from dapo_megatron.layout.plan import Candidate, Plan, PlanRequest, Rejection
@@ -55,17 +56,23 @@ def plan(request: PlanRequest, only: Callable[[Layout], bool] | None = None) -> 
             bounded.append((search.bound_seconds(cut), number, cut))
     bounded.sort()
     fastest: list[float] = []  # minus the seconds of the `top` fastest so far, a heap
+    best_of_cut: dict[tuple[int, ...], float] = {}
     for done, (bound, _, cut) in enumerate(bounded):
+        worst = math.inf
+        if only is None and done >= MIN_CUTS and len(best_of_cut) >= request.top:
+            worst = sorted(best_of_cut.values())[request.top - 1] * (1 + EQUAL)
         if only is None and done >= MIN_CUTS and len(fastest) == request.top:
             shown = -fastest[0] if done >= MAX_EQUAL_CUTS else max(-fastest[0], -max(fastest) * (1 + EQUAL))
             if bound > shown:
                 rejections.append(_bounded_out(cut, bound, shown))
                 continue
-        for found in search.of_cut(cut):
+        for found in search.of_cut(cut, worst):
             if isinstance(found, Rejection):
                 rejections.append(found)
                 continue
             candidates.append(found)
+            sizes = cut_sizes(found.layout)
+            best_of_cut[sizes] = min(found.time.step_seconds, best_of_cut.get(sizes, math.inf))
             heapq.heappush(fastest, -found.time.step_seconds)
             if len(fastest) > request.top:
                 heapq.heappop(fastest)
@@ -107,6 +114,17 @@ def _ranked(candidates: list[Candidate]) -> list[Candidate]:
     longest = by_time[0].time.step_seconds * (1 + EQUAL)
     equal = [candidate for candidate in by_time if candidate.time.step_seconds <= longest]
     return [*sorted(equal, key=lambda candidate: _intricacy(candidate.layout)), *by_time[len(equal) :]]
+
+
+def cut_sizes(layout: Layout) -> tuple[int, ...]:
+    """How the model is cut, whatever the schedule: a row of the table."""
+    return (
+        layout.tensor_parallel_size,
+        layout.pipeline_parallel_size,
+        layout.context_parallel_size,
+        layout.expert_parallel_size,
+        layout.expert_tensor_parallel_size,
+    )
 
 
 def _intricacy(layout: Layout) -> tuple[int, bool, int]:
@@ -158,30 +176,48 @@ class _Search:
         train, rollout = min(seconds) * calibration.train, self.fastest_rollout * calibration.rollout
         return max(train, rollout) if workload.rollout_lag else train + rollout
 
-    def of_cut(self, cut: Layout) -> Iterator[Candidate | Rejection]:
-        """Everything that can be made of one cut: offload and engines, limits of micro-batches, recompute."""
+    def of_cut(self, cut: Layout, worst: float = math.inf) -> Iterator[Candidate | Rejection]:
+        """Everything that can be made of one cut: offload and engines, limits of micro-batches, recompute.
+
+        What takes more than `worst` seconds is left out by its time alone.
+        """
         for swap in (False, True) if self.request.colocated else (False,):
             layout = replace(cut, swap_optimizer=swap, swap_parameters=swap)
             with_engine = with_engines(self.request, self.machine, self.options, layout)
             if isinstance(with_engine, Rejection):
                 yield with_engine
             else:
-                yield from self._of_engine(with_engine)
+                yield from self._of_engine(with_engine, worst)
         if cut.data_parallel_size * cut.context_parallel_size > 1:
             yield self._whole_optimizer(cut)
 
-    def _of_engine(self, layout: Layout) -> Iterator[Candidate | Rejection]:
+    def _of_engine(self, layout: Layout, worst: float) -> Iterator[Candidate | Rejection]:
         limits, choices = token_limits(self.request, layout), recompute_choices(self.request.model)
+        cache = kv_cache_tokens(self.request.model, layout, self.request.gpu.memory_bytes, self.options)
         first = 0  # of the choices: those before it do not fit with fewer tokens either
         for number, limit in enumerate(limits):
             if first:
                 reason = f"recompute {choices[first - 1]} does not fit with micro-batches of {limits[number - 1]} tokens either"
                 yield Rejection(self._sized(layout, limit, choices[0]), "memory", reason, first)
             for index in range(first, len(choices)):
-                found = self.of_layout(self._sized(layout, limit, choices[index]))
+                sized, rest = self._sized(layout, limit, choices[index]), choices[index + 1 :]
+                time = self.time(sized, cache)
+                if time.step_seconds > worst:
+                    reason = f"a step takes {time.step_seconds:.0f} s; the layouts shown take up to {worst:.0f} s"
+                    yield Rejection(sized, "slower", reason, 1 + len(rest), step_seconds=time.step_seconds)
+                    first = index
+                    break
+                found = self.of_layout(sized, time)
                 yield found
                 if isinstance(found, Candidate):
-                    yield from (self._slower(self._sized(layout, limit, slower), found) for slower in choices[index + 1 :])
+                    if worst < math.inf and rest:
+                        reason = (
+                            f"recompute {rest[0]} and what recomputes more take longer than {time.step_seconds:.0f} s, with which the same "
+                            f"layout fits with recompute {choices[index]}"
+                        )
+                        yield Rejection(self._sized(layout, limit, rest[0]), "slower", reason, len(rest))
+                    else:
+                        yield from (self._slower(self._sized(layout, limit, slower), found) for slower in rest)
                     first = index
                     break
             else:
@@ -192,11 +228,11 @@ class _Search:
                     yield Rejection(self._sized(layout, limits[-1], FULL_RECOMPUTE), "memory", reason, larger * len(choices))
                 return
 
-    def of_layout(self, layout: Layout) -> Candidate | Rejection:
-        """Memory of the stages that can be the fullest, and time; of what fits the memory of all stages."""
+    def of_layout(self, layout: Layout, time: StepTime | None = None) -> Candidate | Rejection:
+        """Memory of the stages that can be the fullest, and time where it is not known; of what fits the memory of all stages."""
         request, gpu_bytes = self.request, self.request.gpu.memory_bytes
         memory = plan_memory(request.model, layout, gpu_bytes, self.options, _fullest_stages(request.model, layout))
-        time = self.time(layout, memory.kv_cache_tokens)
+        time = time or self.time(layout, memory.kv_cache_tokens)
         if reason := reason_not_fitting(memory, layout, gpu_bytes):
             return Rejection(layout, "memory", reason, peak_bytes=memory.peak_bytes, step_seconds=time.step_seconds)
         host_bytes = request.gpu.host_memory_gib_per_gpu * request.gpus_per_node * GIB

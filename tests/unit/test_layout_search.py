@@ -12,6 +12,7 @@ from dapo_megatron.layout.hardware import gpu_named
 from dapo_megatron.layout.layout import FULL_RECOMPUTE, EngineLayout, Layout
 from dapo_megatron.layout.model_shape import Experts, GroupedQueryAttention, ModelShape
 from dapo_megatron.layout.plan import Candidate, PlanRequest, Rejection
+from dapo_megatron.layout.report import best_of_cuts
 from dapo_megatron.layout.search import evaluate, plan
 from dapo_megatron.layout.space import recompute_choices, token_limits
 from dapo_megatron.layout.workload import Workload
@@ -92,6 +93,22 @@ def test_what_the_bound_leaves_out_is_slower(monkeypatch: pytest.MonkeyPatch, ca
         sorted(candidate.time.step_seconds for candidate in found.candidates)[: request.top] for found in (bounded, exhaustive)
     )
     assert best == pytest.approx(all_best)
+
+
+@pytest.mark.parametrize("model", [QWEN_7B, QWEN_30B])
+def test_rows_of_the_table_are_those_of_a_plan_that_accounts_for_all_memory(monkeypatch: pytest.MonkeyPatch, model: ModelShape):
+    request = replace(MIXTURE, model=model, num_gpus=32, top=5)
+
+    def rows() -> list[tuple[str, str, float]]:
+        best = best_of_cuts(plan(request).candidates)[: request.top]
+        return [(str(row.layout), str(row.layout.recompute), row.time.step_seconds) for row in best]
+
+    monkeypatch.setattr(search, "MIN_CUTS", 8)
+    quick, found = rows(), plan(request)
+    assert any("the layouts shown take up to" in one.reason and "at least" not in one.reason for one in found.rejections)
+    in_full = search._Search.of_cut
+    monkeypatch.setattr(search._Search, "of_cut", lambda one, cut, worst: in_full(one, cut))
+    assert quick == rows() and len(quick) == request.top
 
 
 def test_only_some_cuts_are_looked_at():
