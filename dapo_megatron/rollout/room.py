@@ -34,5 +34,5 @@ async def _room_of(endpoint: EngineEndpoint) -> int:
 def room(info: Mapping[str, Any]) -> int:
     """Tokens that a request may have on a server that says `info` of itself; a sample may also go on there before its last token."""
     of_context: int = info["max_req_input_len"]
-    of_cache: int = info["max_total_num_tokens"] - 2 * info["page_size"]
+    of_cache: int = info["max_total_num_tokens"] - 2 * (info.get("page_size") or 1)
     return min(of_context, of_cache)
