@@ -24,6 +24,7 @@ from dapo_megatron.exit_codes import ExitCode
 from dapo_megatron.launcher.backends import RayCluster
 from dapo_megatron.launcher.controller import read_state
 from dapo_megatron.launcher.identity import RunIdentity, identity_of, installed_version, require_same
+from dapo_megatron.launcher.imports import without_collection
 from dapo_megatron.launcher.run_folder import RunFolder, num_steps_of
 from dapo_megatron.launcher.stall import explain_stall, let_be_inspected
 from dapo_megatron.launcher.stop import StopRequest, stop_on_signals
@@ -157,7 +158,8 @@ def _megatron_extra_names() -> frozenset[str]:
 
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer of an HF directory."""
-    from transformers import AutoTokenizer
+    with without_collection():
+        from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(path)
 

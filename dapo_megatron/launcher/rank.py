@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from dapo_megatron.config.schema import Config
+from dapo_megatron.launcher.imports import without_collection
 
 
 def build_rank(config: Config, *, rank: int, init_method: str, frozen: bool) -> Any:
@@ -15,8 +16,9 @@ def build_rank(config: Config, *, rank: int, init_method: str, frozen: bool) -> 
     cpu_adapter.install()
     if init_method.startswith("file:"):  # all ranks on this machine: nothing leaves the loopback interface
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    from dapo_megatron.actor.frozen import FrozenActor
-    from dapo_megatron.actor.worker import ActorWorker
+    with without_collection():
+        from dapo_megatron.actor.frozen import FrozenActor
+        from dapo_megatron.actor.worker import ActorWorker
 
     worker: Any = FrozenActor if frozen else ActorWorker
     return worker(config, rank=rank, init_method=init_method)

@@ -31,6 +31,7 @@ from dapo_megatron.config.fields import either
 from dapo_megatron.config.schema import Config, HfEngineConfig, SglangEngineConfig
 from dapo_megatron.launcher.backends import Ranks, RayCluster
 from dapo_megatron.launcher.held_weights import HeldWeights
+from dapo_megatron.launcher.imports import without_collection
 from dapo_megatron.launcher.placement import ClusterNode, Wanted, place
 from dapo_megatron.launcher.rank import build_rank
 from dapo_megatron.launcher.server_process import ServerProcess
@@ -145,15 +146,16 @@ class EngineProcess:
 
     def __init__(self, config: Config, log_file: Path):
         _settle_in(log_file)
-        import torch
-
-        from dapo_megatron.rollout.hf_engine import HfEngine
-
         settings = config.rollout.engine
         assert isinstance(settings, HfEngineConfig)
         threads = settings.num_threads or max(1, (os.cpu_count() or 1) // config.rollout.num_engines)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._engine = HfEngine(config.model.path, settings, threads, device)
+        with without_collection():
+            import torch
+
+            from dapo_megatron.rollout.hf_engine import HfEngine
+
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            self._engine = HfEngine(config.model.path, settings, threads, device)
 
     async def whereabouts(self) -> tuple[int, str]:
         return _whereabouts()

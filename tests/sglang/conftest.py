@@ -48,12 +48,14 @@ class Pair:
     def endpoints(self) -> list[EngineEndpoint]:
         return [server.endpoint for server in self.servers.values()]
 
-    def restore(self) -> None:
-        """Both alive and with the weights of the model's directory, whatever was done to them."""
+    def restore_all(self) -> None:
+        """Both."""
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(self._restore, self.servers.values()))
+            list(pool.map(self.restore, self.servers))
 
-    def _restore(self, server: SglangServer) -> None:
+    def restore(self, name: str) -> None:
+        """A server that is alive and has the weights of the model's directory, whatever was done to it."""
+        server = self.servers[name]
         try:
             version = weight_version_of(server.endpoint)
         except EngineError:
@@ -98,7 +100,7 @@ def starting_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[P
 @pytest.fixture
 def pair(starting_pair: Future[Pair]) -> Pair:
     pair = starting_pair.result()
-    pair.restore()
+    pair.restore_all()
     return pair
 
 

@@ -85,7 +85,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     family: str = request.param
     if family == "llama":
         pair: Pair = request.getfixturevalue("starting_pair").result()
-        pair.restore()
+        pair.restore("engine 0")
         yield Served(family, pair.model, pair.servers["engine 0"])
         return
     folder = tmp_path_factory.mktemp(family)
