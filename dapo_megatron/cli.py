@@ -277,14 +277,20 @@ def submit(
 
 @app.command()
 def status(
-    target: Annotated[str, typer.Argument(metavar="RUN|JOB", help="Run folder, sweep folder or job id.")],
+    target: Annotated[
+        str | None,
+        typer.Argument(metavar="RUN|JOB", help="Run folder, sweep folder or job id. Default: your runs in the queue."),
+    ] = None,
 ) -> None:
     """Say where a submitted run stands: queue, rollout step, last metrics, restarts, logs, and why it waits."""
     from rich.console import Console
 
-    from dapo_megatron.launcher.slurm.status import runs_of, show, status_of
+    from dapo_megatron.launcher.slurm.status import runs_in_queue, runs_of, show, status_of
 
-    for run_dir in runs_of(target):
+    runs = runs_of(target) if target is not None else runs_in_queue()
+    if not runs:
+        typer.echo("No run of yours is in the queue; give the run folder of one that has ended.")
+    for run_dir in runs:
         show(status_of(run_dir), Console())
 
 

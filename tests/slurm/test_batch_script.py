@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from dapo_megatron.launcher.slurm.cancel import cancel
+from dapo_megatron.launcher.slurm.scheduler import find_job
 from dapo_megatron.launcher.slurm.status import runs_of
 from tests.slurm.cluster import Cluster
 from tests.slurm.plays import Play, wait_for_file
@@ -97,6 +98,8 @@ def test_an_element_of_an_array_starts_again_alone_and_nodes_of_two_kinds_togeth
     assert {slurm.job(f"{sweep.job}_{index}")["Restarts"] for index in range(3)} == {"1"}
 
     slurm.wait(kinds.job, "COMPLETED")
+    found = find_job(kinds.job)
+    assert found is not None and len(found.nodes.split(",")) == 2 and found.ends is not None
     assert [line.split()[::2] for line in kinds.attempts] == [["0", "2"], ["1", "2"]]
     tasks = [kinds.environment(process) for process in (0, 1)]
     assert {task["SLURM_HET_SIZE"] for task in tasks} == {"2"}

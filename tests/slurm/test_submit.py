@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from dapo_megatron.launcher.slurm.cancel import cancel
-from dapo_megatron.launcher.slurm.status import lines_of, runs_of, status_of
+from dapo_megatron.launcher.slurm.status import lines_of, runs_in_queue, runs_of, status_of
 from dapo_megatron.launcher.slurm.submit import Request, plan_job, submit
 from dapo_megatron.types import ConfigError, SchedulerError
 from tests.slurm.cluster import Cluster
@@ -113,9 +113,12 @@ def test_status_says_why_a_job_waits_and_cancel_ends_it(slurm: Cluster, play: Pl
     assert lines["job"] == f"{run.job} PENDING"
     assert lines["reason"].startswith("BeginTime: ") and "; starts 20" in lines["reason"]
     assert lines["saved"] == "no checkpoint yet"
+    slurm.sbatch("--begin=now+1hour", "--wrap", "true")  # none of ours
+    assert runs_in_queue() == [run.folder]
     output = io.StringIO()
     cancel([run.folder], now=False, console=Console(file=output))
     assert slurm.state(run.job) == "CANCELLED"
     assert output.getvalue() == f"job {run.job} is cancelled without a further checkpoint\n"
+    assert runs_in_queue() == []
     with pytest.raises(ConfigError, match="Slurm knows no job 4711"):
         runs_of("4711")

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dapo_megatron.config.schema import Config
-from dapo_megatron.launcher.slurm import network, node
+from dapo_megatron.launcher.slurm import network, node, scheduler, time_limit
 from dapo_megatron.launcher.slurm.job import Job, JobNode
 from dapo_megatron.launcher.slurm.preflight import EXCLUDED
+from dapo_megatron.launcher.slurm.time_limit import TimeLimit
 from dapo_megatron.types import BadNodeError, ConfigError, WorkerDiedError
 
 LOCAL = {"cluster": {"backend": "local"}, "slurm": {"gpus_per_node": 0}}
@@ -108,3 +111,50 @@ def test_a_node_that_others_cannot_reach_says_so_to_the_first_one_which_names_it
             node._lead(config, fails_with(AssertionError("it was started")), jobs[0], folder, here)
         assert follower.result(10) == 0
     assert (tmp_path / "slurm" / EXCLUDED).read_text() == "node2\n"
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "ends", "is_near"),
+    [
+        ("", {}, ["2026-01-01T00:00:10"], False),
+        ('{"checkpoint/write_seconds": 1000}\n', {"signal_lead_seconds": 60}, ["2026-01-01T00:00:10"], False),
+        ('{"checkpoint/write_seconds": 1000}\n', {}, ["2026-01-01T00:26:01"], False),
+        ('{"checkpoint/write_seconds": 1000}\n', {}, ["2026-01-01T00:26:00"], True),
+        ('{"checkpoint/write_seconds": 1000}\n', {}, ["2026-01-01T00:26:00", "2026-01-01T12:00:00"], False),
+        ('{"checkpoint/write_seconds": 1000}\n', {}, [None], False),
+    ],
+    ids=["nothing measured", "set by the user", "early enough", "near", "extended", "no limit"],
+)
+def test_a_time_limit_is_near_when_a_save_takes_as_long_as_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: str, settings: dict, ends: list[str | None], is_near: bool
+):
+    (tmp_path / "metrics.jsonl").write_text(rows)
+    paths = {"model": {"path": "none"}, "data": {"path": "none"}, "run": {"dir": str(tmp_path)}}
+    limit = TimeLimit(Config.model_validate({**paths, "slurm": settings}), "7")
+    told = iter(ends)
+
+    def find_job(job_id: str) -> scheduler.Job:
+        ends_now = next(told, ends[-1])
+        return scheduler.Job(job_id, "RUNNING", None, "node1", 0, 0, None, None, None, ends_now)
+
+    monkeypatch.setattr(scheduler, "find_job", find_job)
+    assert limit.is_near(datetime(2026, 1, 1).timestamp()) is is_near
+
+
+def test_a_run_is_asked_to_save_by_the_signal_that_slurm_sends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(time_limit, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(TimeLimit, "is_near", lambda limit, now: True)
+
+    heard: list[int] = []  # by the handler where another thread of the test runner takes the signal; else it waits, blocked
+
+    def train(config: Config, *, check_only: bool, cluster: object = None) -> int:
+        end = time.monotonic() + 20
+        while not heard and time.monotonic() < end:
+            heard.extend([signal.SIGUSR1] if signal.sigtimedwait([signal.SIGUSR1], 0.01) else [])
+        return 85 if heard else 1
+
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
+    try:
+        assert node.run_node(config_file(tmp_path, **LOCAL), train) == 85
+    finally:
+        signal.signal(signal.SIGUSR1, before)

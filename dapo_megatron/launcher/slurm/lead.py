@@ -28,10 +28,18 @@ def signal_lead_seconds(config: Config, metrics_file: Path) -> int:
     lead = config.slurm.signal_lead_seconds
     if lead is not None:
         return lead
-    rows = _rows(metrics_file)
+    return measured_lead_seconds(config, metrics_file) or _bounded(UNMEASURED_SECONDS, config)
+
+
+def measured_lead_seconds(config: Config, metrics_file: Path) -> int | None:
+    """None for a run that has no metrics yet, and where `slurm.signal_lead_seconds` decides."""
+    rows = _rows(metrics_file) if config.slurm.signal_lead_seconds is None else []
+    return _bounded(_longest(rows, config.train.rollout_lag == 1), config) if rows else None
+
+
+def _bounded(seconds: int, config: Config) -> int:
     limit = seconds_of(config.slurm.time)
-    wanted = _longest(rows, config.train.rollout_lag == 1) if rows else UNMEASURED_SECONDS
-    return min(wanted, limit // 2 if limit else MOST_SECONDS, MOST_SECONDS)
+    return min(seconds, limit // 2 if limit else MOST_SECONDS, MOST_SECONDS)
 
 
 def _longest(rows: list[Mapping[str, float]], samples_ahead: bool) -> int:

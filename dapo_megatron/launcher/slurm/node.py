@@ -41,6 +41,7 @@ from dapo_megatron.launcher.slurm.meeting import Head, Line, find_meeting, join
 from dapo_megatron.launcher.slurm.network import address_of, free_ports
 from dapo_megatron.launcher.slurm.preflight import preflight, preflight_here
 from dapo_megatron.launcher.slurm.ray_node import RayNode
+from dapo_megatron.launcher.slurm.time_limit import asked_in_time
 from dapo_megatron.launcher.stop import SIGNALS
 from dapo_megatron.types import BadNodeError, EngineError
 
@@ -92,7 +93,9 @@ def run_node(config_file: Path, train: Train) -> int:
         return _run_task(load_config([config_file]), train, job, folder)
     code: int | None = None
     try:
-        code = _run_task(load_config([config_file]), train, job, folder)
+        config = load_config([config_file])
+        with asked_in_time(config, job.id):
+            code = _run_task(config, train, job, folder)
         return code
     except Exception as error:
         code = code_of(error)

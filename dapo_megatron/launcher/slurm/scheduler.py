@@ -35,6 +35,8 @@ class Job:
     """Of the batch script: the run folder, or the sweep's."""
     starts: str | None
     """When Slurm means to start a pending job."""
+    ends: str | None = None
+    """When a running job reaches its time limit; when an ended one ended."""
 
     @property
     def ended(self) -> bool:
@@ -107,6 +109,11 @@ def partitions() -> dict[str, Partition]:
     return found
 
 
+def own_working_dirs() -> list[Path]:
+    """Of this user's jobs in the queue, each once."""
+    return [Path(line) for line in dict.fromkeys(_slurm("squeue", "--noheader", "--me", "--format=%Z").splitlines())]
+
+
 def signal_batch(job_id: str, signal: str) -> None:
     """To the batch script alone."""
     _slurm("scancel", f"--signal={signal}", "--batch", job_id)
@@ -118,24 +125,30 @@ def cancel(job_id: str) -> None:
 
 
 def _parse_job(job_id: str, text: str) -> Job:
-    """The first job of `scontrol show job`, which is the leader of a heterogeneous one.
+    """The first job of `scontrol show job`; of a heterogeneous one that is the leader, with the nodes of all parts.
 
     Only lines that begin with the wanted names are looked at: a job's name and comment may say anything.
     """
-    lines = {line.strip().partition("=")[0]: line.strip() for line in text.strip().split("\n\n")[0].splitlines()}
+    first, *others = [
+        {line.strip().partition("=")[0]: line.strip() for line in part.splitlines()} for part in text.strip().split("\n\n")
+    ]
+    lines, parts = first, [first, *others] if re.match(r"JobId=\d+ HetJobId=", first["JobId"]) else [first]
     state, restarts, run_time, start = (_fields(lines.get(name, "")) for name in ("JobState", "Requeue", "RunTime", "StartTime"))
-    reason, starts = state.get("Reason", "None"), start.get("StartTime", "Unknown")
-    log, folder, nodes = (lines.get(name, "").partition("=")[2] for name in ("StdOut", "WorkDir", "NodeList"))
+    reason = state.get("Reason", "None")
+    starts, ends = (None if (at := start.get(name, "Unknown")) in ("Unknown", "N/A") else at for name in ("StartTime", "EndTime"))
+    log, folder = (lines.get(name, "").partition("=")[2] for name in ("StdOut", "WorkDir"))
+    nodes = [part.get("NodeList", "").partition("=")[2].replace("(null)", "") for part in parts]
     return Job(
         job_id=job_id,
         state=state["JobState"],
         reason=None if reason == "None" else reason,
-        nodes=nodes.replace("(null)", ""),
+        nodes=",".join(filter(None, nodes)),
         num_restarts=int(restarts.get("Restarts", 0)),
         run_seconds=seconds_of(run_time.get("RunTime", "0")) or 0,
         log=Path(log) if log else None,
         working_dir=Path(folder) if folder else None,
-        starts=None if starts == "Unknown" else starts,
+        starts=starts,
+        ends=ends,
     )
 
 

@@ -76,6 +76,12 @@ def runs_of(target: str) -> list[Path]:
     return [folder]
 
 
+def runs_in_queue() -> list[Path]:
+    """Run folders of this user's jobs that have not ended."""
+    folders = [folder for folder in scheduler.own_working_dirs() if JobRecords(folder).script_file.is_file()]
+    return [run for folder in folders for run in runs_of(str(folder))]
+
+
 def _folder_of_job(job_id: str) -> Path:
     job = scheduler.find_job(job_id)
     if job is None or job.working_dir is None:
