@@ -13,7 +13,7 @@ from dapo_megatron.launcher.slurm.logs import follow, job_has_ended, log_file
 from dapo_megatron.launcher.slurm.record import JobRecords
 from dapo_megatron.launcher.slurm.scheduler import Job
 from dapo_megatron.launcher.slurm.status import lines_of, runs_of, status_of
-from dapo_megatron.types import ConfigError
+from dapo_megatron.types import ConfigError, SchedulerError
 
 
 @pytest.fixture
@@ -83,6 +83,24 @@ def test_status_puts_the_queue_and_the_run_together(run: Path, monkeypatch: pyte
     assert (lines["restarts"], lines["history"]) == ("2", "2026-01-01 job 17, restart 2: on node[1-2]")
     monkeypatch.setattr(scheduler, "find_job", lambda job_id: job("PENDING", "PartitionNodeLimit"))
     assert dict(lines_of(status_of(run)))["reason"].endswith("it would wait for ever, cancel it")
+
+
+def test_a_controller_that_is_busy_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(scheduler, "AGAIN_SECONDS", 0)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    asked = tmp_path / "asked"
+    squeue = tmp_path / "squeue"
+    busy = "slurm_load_jobs error: Socket timed out on send/recv operation"
+    squeue.write_text(
+        f"#!/bin/bash\necho >> {asked}\n[ $(wc -l < {asked}) -ge 3 ] && echo /runs/hot || {{ echo {busy} >&2; exit 1; }}\n"
+    )
+    squeue.chmod(0o755)
+    assert scheduler.own_working_dirs() == [Path("/runs/hot")] and asked.read_text() == 3 * "\n"
+    asked.unlink()
+    squeue.write_text(f"#!/bin/bash\necho >> {asked}; echo Invalid user >&2; exit 1\n")
+    with pytest.raises(SchedulerError, match="squeue: Invalid user"):
+        scheduler.own_working_dirs()
+    assert asked.read_text() == "\n"
 
 
 def test_what_slurm_has_forgotten_is_in_its_accounts(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,9 @@ ENDED = frozenset(
 )
 """States that a job does not leave."""
 ANSWER_SECONDS = 60.0
+BUSY_SECONDS, AGAIN_SECONDS = 20.0, 1.0
+"""How long, and after which time, a controller that is too busy to answer is asked again."""
+_BUSY = re.compile(r"[Ss]ocket|Unable to contact slurm controller|Zero Bytes were transmitted|Message (receive|send) failure")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +76,7 @@ def submit(script: Path, folder: Path) -> str:
 
 def find_job(job_id: str) -> Job | None:
     """None: Slurm has forgotten it, or never knew."""
-    done = _run("scontrol", "show", "job", "--details", job_id)
+    done = _ask("scontrol", "show", "job", "--details", job_id)
     if done.returncode:
         if "Invalid job id" in done.stderr:
             return None
@@ -90,11 +94,11 @@ def accounted_state(job_id: str) -> str | None:
 def partitions() -> dict[str, Partition]:
     """All that this user sees, by name."""
     nodes: dict[str, list[Node]] = {}
-    for line in _slurm("sinfo", "--noheader", "--Node", "--format=%R|%N|%c|%G").splitlines():
+    for line in _answer("sinfo", "--noheader", "--Node", "--format=%R|%N|%c|%G").splitlines():
         name, _, cpus, resources = line.split("|", 3)
         nodes.setdefault(name, []).append(Node(int(cpus), _num_gpus(resources)))
     found = {}
-    for line in _slurm("scontrol", "show", "partition", "--oneliner").splitlines():
+    for line in _answer("scontrol", "show", "partition", "--oneliner").splitlines():
         fields = _fields(line)
         name = fields["PartitionName"]
         max_nodes = fields["MaxNodes"]
@@ -111,7 +115,7 @@ def partitions() -> dict[str, Partition]:
 
 def own_working_dirs() -> list[Path]:
     """Of this user's jobs in the queue, each once."""
-    return [Path(line) for line in dict.fromkeys(_slurm("squeue", "--noheader", "--me", "--format=%Z").splitlines())]
+    return [Path(line) for line in dict.fromkeys(_answer("squeue", "--noheader", "--me", "--format=%Z").splitlines())]
 
 
 def signal_batch(job_id: str, signal: str) -> None:
@@ -162,10 +166,27 @@ def _num_gpus(resources: str) -> int:
     return sum(int(number) for number in re.findall(r"(?:^|,)gpu(?::[^,:()]+)?:(\d+)", resources))
 
 
+def _answer(*command: str) -> str:
+    return _output(_ask(*command))
+
+
 def _slurm(*command: str) -> str:
-    done = _run(*command)
+    return _output(_run(*command))
+
+
+def _ask(*command: str) -> subprocess.CompletedProcess[str]:
+    """A question, put again while the controller is too busy to answer."""
+    end = time.monotonic() + BUSY_SECONDS
+    while True:
+        done = _run(*command)
+        if not done.returncode or not _BUSY.search(done.stderr) or time.monotonic() > end:
+            return done
+        time.sleep(AGAIN_SECONDS)
+
+
+def _output(done: subprocess.CompletedProcess[str]) -> str:
     if done.returncode:
-        raise SchedulerError(f"{' '.join(command[:1])}: {done.stderr.strip() or f'exit code {done.returncode}'}")
+        raise SchedulerError(f"{done.args[0]}: {done.stderr.strip() or f'exit code {done.returncode}'}")
     return done.stdout
 
 

@@ -35,6 +35,7 @@ OWNER = "owner"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "ip", "nsenter", "unshare", "setpriv")
 NUM_NODES = 4
 START_SECONDS = 30
+ANSWER_SECONDS = 30
 REVOKED = timedelta(seconds=2)
 """After a requeue: how long nodes may still refuse the job."""
 CONTROLLER = 254
@@ -80,13 +81,21 @@ class Cluster:
         assert not check or done.returncode == 0, f"{command} ended with {done.returncode}: {done.stdout}{done.stderr}"
         return done
 
+    def ask(self, *command: str) -> str:
+        """Output of a command that changes nothing; it is put again when the controller does not answer in time on a busy machine."""
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while (done := self.run(*command, check=False)).returncode and "ocket" in done.stderr and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert not done.returncode, f"{command} ended with {done.returncode}: {done.stderr}"
+        return done.stdout
+
     def sbatch(self, *arguments: str | Path) -> str:
         """Submit; the job's id."""
         return self.run("sbatch", "--parsable", *arguments).stdout.strip().partition(";")[0]
 
     def job(self, job: str) -> dict[str, str]:
         """What Slurm says of a job or of an array's element, `17_2`."""
-        words = self.run("scontrol", "show", "job", "--oneliner", job).stdout.splitlines()[0].split()
+        words = self.ask("scontrol", "show", "job", "--oneliner", job).splitlines()[0].split()
         return {name: value for name, _, value in (word.partition("=") for word in words)}
 
     def state(self, job: str) -> str:
@@ -114,7 +123,7 @@ class Cluster:
             time.sleep(0.1)
 
     def _lift_holds(self) -> None:
-        pending = self.run("squeue", "--noheader", "--array", "--states=PENDING", "--format=%i %V %r").stdout.splitlines()
+        pending = self.ask("squeue", "--noheader", "--array", "--states=PENDING", "--format=%i %V %r").splitlines()
         for job, queued, reason in (line.split(maxsplit=2) for line in pending):
             if reason == "BeginTime" and datetime.now() - datetime.fromisoformat(queued) > REVOKED:
                 self.run("scontrol", "update", f"jobid={job}", "StartTime=now", check=False)  # it may just have begun
