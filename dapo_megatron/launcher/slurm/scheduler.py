@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import time
 from dataclasses import dataclass
@@ -179,7 +180,8 @@ def _ask(*command: str) -> subprocess.CompletedProcess[str]:
     end = time.monotonic() + BUSY_SECONDS
     while True:
         done = _run(*command)
-        if not done.returncode or not _BUSY.search(done.stderr) or time.monotonic() > end:
+        hung_up = done.returncode == -signal.SIGPIPE or (done.returncode and _BUSY.search(done.stderr))
+        if not hung_up or time.monotonic() > end:
             return done
         time.sleep(AGAIN_SECONDS)
 
