@@ -16,6 +16,8 @@ from dapo_megatron.config.schema import Config
 from dapo_megatron.types import EngineError
 
 NUM_LOG_LINES = 15
+CAME_LATE = "The current node timed out during startup"
+"""Ray's words when its own processes took longer than the 30 s that it gives them (see UPSTREAM.md)."""
 _POLL_SECONDS = 0.05
 _STOP_SECONDS = 15.0
 _SHARE_OF_MEMORY, _SHARE_OF_SHM = 0.3, 0.8
@@ -28,6 +30,7 @@ class RayNode:
         """Start it; `head` None: this is the head, and it listens on ports[0]. Else `host:port` of the head."""
         self.name, self.address, self._log_file = name, address, log_file
         self.gcs_address = head or f"{address}:{ports[0]}"
+        self._may_start_until = 0.0 if head is None else time.monotonic() + config.cluster.startup_deadline_seconds
         self._folder = tempfile.mkdtemp(prefix="dapo-ray-", dir="/tmp")  # short: sockets lie in it
         _, manager, objects, agent, agent_grpc, runtime_env, metrics, client, *workers = ports
         num_processes = config.actor.world_size + config.rollout.num_engines
@@ -60,11 +63,15 @@ class RayNode:
             "start",
         ]
         command += [f"--{name}={value}" for name, value in options.items()]
-        command += ["--block", "--disable-usage-stats"] + (["--head"] if head is None else [])
-        log_file.parent.mkdir(parents=True, exist_ok=True)
-        with log_file.open("ab") as log:
+        self._command = [*command, "--block", "--disable-usage-stats", *(["--head"] if head is None else [])]
+        self._start()
+
+    def _start(self) -> None:
+        self._log_file.parent.mkdir(parents=True, exist_ok=True)
+        with self._log_file.open("ab") as log:
+            self._log_start = log.tell()
             self._guard = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True
+                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True
             )
 
     def wait_until_head_listens(self, deadline_seconds: float) -> None:
@@ -83,9 +90,22 @@ class RayNode:
             time.sleep(_POLL_SECONDS)
 
     def require_alive(self) -> None:
-        """EngineError, with the end of its output, when it has ended."""
-        if (code := self._guard.poll()) is not None:
-            raise EngineError(f"Ray on {self.name} ended with code {code}. {self.log_tail()}")
+        """EngineError, with the end of its output, when it has ended.
+
+        Not so a follower that was too slow for Ray while nodes may still come (`cluster.startup_deadline_seconds`): it starts again.
+        """
+        if (code := self._guard.poll()) is None:
+            return
+        if time.monotonic() < self._may_start_until and CAME_LATE in self._said():
+            self._start()
+            return
+        raise EngineError(f"Ray on {self.name} ended with code {code}. {self.log_tail()}")
+
+    def _said(self) -> str:
+        """Since it was started last."""
+        with self._log_file.open("rb") as log:
+            log.seek(self._log_start)
+            return log.read().decode(errors="replace")
 
     def log_tail(self) -> str:
         """The last lines of its output."""
