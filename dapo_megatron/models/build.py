@@ -42,8 +42,7 @@ def _build_chunk(
                 layer.self_attention.rotary_pos_emb = PackedLatentRotaryEmbedding(architecture, config)
         return model
     if implementation == "local":
-        model.rotary_pos_emb = PackedRotaryEmbedding(
-            kv_channels=architecture.head_dim, rotary_percent=1.0, use_cpu_initialization=config.use_cpu_initialization
-        )
-    model.rotary_pos_emb.inv_freq = inverse_frequencies(architecture)
+        model.rotary_pos_emb = PackedRotaryEmbedding(architecture, config)
+    else:
+        model.rotary_pos_emb.inv_freq = inverse_frequencies(architecture)
     return model

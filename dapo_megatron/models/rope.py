@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from dapo_megatron.models.architecture import Architecture, Llama3Scaling, YarnScaling
@@ -52,11 +52,14 @@ def _yarn_scaled(frequencies: Tensor, scaling: YarnScaling, architecture: Archit
     return kept * frequencies + (1 - kept) * frequencies / scaling.factor
 
 
-class PackedRotaryEmbedding(RotaryEmbedding):
-    """Notes the rotation of each packed token, by its own position, for `PackedSelfAttention`, which does it.
+class _PackedRotaryEmbedding(RotaryEmbedding):
+    """Of packed tokens, each by its own position."""
 
-    megatron-core's own, without TransformerEngine, takes a dozen passes over queries and keys and works the angles out in each layer.
-    """
+    def __init__(self, architecture: Architecture, config: TransformerConfig) -> None:
+        super().__init__(
+            kv_channels=architecture.head_dim, rotary_percent=1.0, use_cpu_initialization=config.use_cpu_initialization
+        )
+        self.inv_freq = inverse_frequencies(architecture)
 
     def get_rotary_seq_len(
         self,
@@ -66,23 +69,32 @@ class PackedRotaryEmbedding(RotaryEmbedding):
         transformer_config: Any,
         packed_seq_params: PackedSeqParams,
         **_: object,
-    ) -> None:
-        """GPTModel hands the result to `forward`, and that of `forward` to the layers."""
-        assert isinstance(packed_seq_params, PackedSequences) and packed_seq_params.positions is not None
-        if packed_seq_params.rotation is None:
-            angles = _angles(packed_seq_params.positions, self.inv_freq)[:, None, None, :]
-            packed_seq_params.rotation = (
-                angles.cos().to(transformer_config.params_dtype),
-                angles.sin().to(transformer_config.params_dtype),
-            )
+    ) -> PackedSequences:
+        """The pack instead of a length; megatron-core hands it to `forward`, and the result of that to the layers."""
+        assert isinstance(packed_seq_params, PackedSequences)
+        return packed_seq_params
 
-    def forward(self, *_: object, **__: object) -> None:
+    def angles(self, pack: PackedSequences) -> Tensor:
+        """[T, head_dim / 2]."""
+        assert pack.positions is not None
+        return pack.positions.to(self.inv_freq.dtype)[:, None] * self.inv_freq.to(pack.positions.device)
+
+
+class PackedRotaryEmbedding(_PackedRotaryEmbedding):
+    """Notes the rotation in the pack for `PackedSelfAttention`, which does it.
+
+    megatron-core's own, without TransformerEngine, takes a dozen passes over queries and keys and works the angles out in each layer.
+    """
+
+    def __init__(self, architecture: Architecture, config: TransformerConfig) -> None:
+        super().__init__(architecture, config)
+        self._dtype = config.params_dtype
+
+    def forward(self, pack: PackedSequences, **_: object) -> None:
         """No angles: megatron-core then rotates nothing."""
-
-
-def _angles(positions: Tensor, frequencies: Tensor) -> Tensor:
-    """[T, head_dim / 2]."""
-    return positions.to(frequencies.dtype)[:, None] * frequencies.to(positions.device)
+        if pack.rotation is None:
+            angles = self.angles(pack)[:, None, None, :]
+            pack.rotation = (angles.cos().to(self._dtype), angles.sin().to(self._dtype))
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -114,32 +126,16 @@ def _rotated(x: Tensor, cosine: Tensor, sine: Tensor, sign: int) -> Tensor:
     return out
 
 
-class PackedLatentRotaryEmbedding(RotaryEmbedding):
-    """Angles of packed tokens, each by its own position, for megatron-core's latent attention."""
+class PackedLatentRotaryEmbedding(_PackedRotaryEmbedding):
+    """Gives the angles to megatron-core's latent attention."""
 
     def __init__(self, architecture: Architecture, config: MLATransformerConfig) -> None:
-        super().__init__(
-            kv_channels=architecture.head_dim, rotary_percent=1.0, use_cpu_initialization=config.use_cpu_initialization
-        )
+        super().__init__(architecture, config)
         scaling = architecture.rope_scaling
         self.magnitude = scaling.magnitude if isinstance(scaling, YarnScaling) else None
-        self.inv_freq = inverse_frequencies(architecture)
 
-    def get_rotary_seq_len(
-        self,
-        inference_context: Any,
-        transformer: Any,
-        transformer_input: Any,
-        transformer_config: Any,
-        packed_seq_params: PackedSeqParams,
-        **_: object,
-    ) -> Tensor:
-        """Positions [T] instead of a length; latent attention hands them to `forward`."""
-        assert isinstance(packed_seq_params, PackedSequences) and packed_seq_params.positions is not None
-        return packed_seq_params.positions
-
-    def forward(self, positions: Tensor, **_: object) -> Any:
+    def forward(self, pack: PackedSequences, **_: object) -> Any:
         """Angles [T, 1, head_dim]; under YaRN with the magnitude of the rotated vectors."""
-        half = _angles(positions, self.inv_freq)
+        half = self.angles(pack)
         angles = torch.cat((half, half), dim=-1)[:, None, :]
         return angles if self.magnitude is None else (angles, self.magnitude)

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 
 from dapo_megatron.config.schema import Config
+from dapo_megatron.launcher.run_folder import RunFolder
 from dapo_megatron.launcher.slurm import scheduler
 from dapo_megatron.launcher.slurm.lead import measured_lead_seconds
 from dapo_megatron.types import SchedulerError
@@ -31,7 +32,7 @@ class TimeLimit:
 
     def is_near(self, now: float) -> bool:
         """Whether, at `now` (seconds since 1970), no more time is left than the run has measured that it needs to save."""
-        lead = measured_lead_seconds(self._config, self._config.run.dir / "metrics.jsonl")
+        lead = measured_lead_seconds(self._config, RunFolder(self._config.run.dir).metrics_file)
         if lead is None:
             return False
         if self._end is None:
