@@ -6,13 +6,14 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 
 from dapo_megatron.config.schema import ClusterConfig
 from dapo_megatron.exit_codes import ExitCode
 from dapo_megatron.launcher.phase_history import PhaseHistory
+from dapo_megatron.launcher.watching import watching
 from dapo_megatron.types import StalledError
 
 FLOOR_SECONDS = 600.0
@@ -108,12 +109,12 @@ class PhaseClock:
         """Phase -> seconds of this step, and `step` for all of it."""
         return {**self._seconds, "step": time.perf_counter() - self._step_start}
 
-    @contextmanager
-    def last_resort(self, *, poll_seconds: float = 5.0, wait_seconds: float = _LAST_RESORT_SECONDS) -> Iterator[None]:
+    def last_resort(
+        self, *, poll_seconds: float = 5.0, wait_seconds: float = _LAST_RESORT_SECONDS
+    ) -> AbstractContextManager[None]:
         """End this process, diagnosed, when a phase is over its deadline and the event loop itself stands still."""
-        ended = threading.Event()
 
-        def watch() -> None:
+        def watch(ended: threading.Event) -> None:
             while not ended.wait(poll_seconds):
                 running = self._running
                 if running is None or time.monotonic() < running[1] + wait_seconds:
@@ -123,13 +124,7 @@ class PhaseClock:
                     print(f"error: {words}. {self._diagnose(words)}", flush=True)
                 os._exit(ExitCode.STALLED)
 
-        thread = threading.Thread(target=watch, name="last-resort", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
+        return watching("last-resort", watch)
 
     def _words(self, phase: str) -> str:
         return f"phase {phase} did not end within {self._deadlines.of(phase):g} s ({self._deadlines.in_words(phase)})"

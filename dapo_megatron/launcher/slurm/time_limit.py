@@ -10,14 +10,14 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from datetime import datetime
 
 from dapo_megatron.config.schema import Config
 from dapo_megatron.launcher.run_folder import RunFolder
 from dapo_megatron.launcher.slurm import scheduler
 from dapo_megatron.launcher.slurm.lead import measured_lead_seconds
+from dapo_megatron.launcher.watching import watching
 from dapo_megatron.types import SchedulerError
 
 POLL_SECONDS = 60.0
@@ -48,22 +48,15 @@ class TimeLimit:
                 self._end = datetime.fromisoformat(job.ends).timestamp() if job.ends is not None else math.inf
 
 
-@contextmanager
-def asked_in_time(config: Config, job_id: str) -> Iterator[None]:
+def asked_in_time(config: Config, job_id: str) -> AbstractContextManager[None]:
     """Meanwhile this process gets SIGUSR1 once the time limit is near, as it does from Slurm."""
-    limit, ended = TimeLimit(config, job_id), threading.Event()
+    limit = TimeLimit(config, job_id)
 
-    def watch() -> None:
+    def watch(ended: threading.Event) -> None:
         while not ended.wait(POLL_SECONDS):
             if limit.is_near(time.time()):
                 print("the time limit is as near as the longest step and save have taken: asked to save", flush=True)
                 os.kill(os.getpid(), signal.SIGUSR1)
                 return
 
-    thread = threading.Thread(target=watch, name="time-limit", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    return watching("time-limit", watch)
