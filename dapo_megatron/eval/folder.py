@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from dapo_megatron.eval.records import ProblemRecord
 from dapo_megatron.types import CheckpointError, ConfigError
+from dapo_megatron.whole_files import write_whole
 
 SETTINGS, PROBLEMS, SUMMARY = "settings.json", "problems.jsonl", "summary.json"
 
@@ -125,10 +126,4 @@ class EvaluationFolder:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """Atomically."""
-    temporary = path.with_name(path.name + ".new")
-    with temporary.open("w") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_whole(path, json.dumps(content, indent=2) + "\n", durable=True)

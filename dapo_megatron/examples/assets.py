@@ -1,4 +1,4 @@
-"""Files and directories that are either complete or absent."""
+"""Directories that are either complete or absent."""
 
 from __future__ import annotations
 
@@ -21,11 +21,3 @@ def new_directory(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary)
         raise
-
-
-def write_file(path: Path, text: str) -> None:
-    """Write a file under another name, then rename it to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

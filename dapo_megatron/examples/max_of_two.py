@@ -12,7 +12,8 @@ import random
 from pathlib import Path
 
 from dapo_megatron.config.schema import Config
-from dapo_megatron.examples.assets import new_directory, write_file
+from dapo_megatron.examples.assets import new_directory
+from dapo_megatron.whole_files import write_whole
 
 SEED = 0
 """Of the weights and of the choice of held-out pairs; independent of run.seed, so that runs differ in sampling only."""
@@ -31,7 +32,8 @@ def prepare(config: Config) -> None:
     train, held_out = split_pairs()
     for file, pairs in ((train_file, train), (held_out_file(train_file), held_out)):
         if not file.exists():
-            write_file(file, "".join(_line(a, b) for a, b in pairs))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(file, "".join(_line(a, b) for a, b in pairs))
 
 
 def held_out_file(train_file: Path) -> Path:

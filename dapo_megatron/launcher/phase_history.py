@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dapo_megatron.config.load import resolved_dict
 from dapo_megatron.config.schema import Config
+from dapo_megatron.whole_files import write_whole
 
 NUM_TO_LEARN = 3
 """So often a phase must have ended before its history counts."""
@@ -80,9 +81,7 @@ def _read(file: Path, settings: str) -> dict[str, PhaseTimes]:
 
 
 def _write(file: Path, kept: _Kept) -> None:
-    temporary = file.with_name(f"{file.name}.new")
     try:
-        temporary.write_bytes(_KEPT.dump_json(kept) + b"\n")
-        temporary.replace(file)
+        write_whole(file, _KEPT.dump_json(kept) + b"\n")
     except OSError as error:  # the run is worth more
         logger.warning(f"{file} cannot be written ({error.strerror}): a restart learns the deadlines of phases anew")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dapo_megatron.types import CheckpointError, TrainBatch, TrainSample
+from dapo_megatron.whole_files import whole_file
 
 FOLDER = "batches"
 
@@ -28,8 +29,7 @@ def record(batch: TrainBatch, run_dir: Path, rollout_step: int) -> Path:
     samples = [sample for step in steps for sample in step]
     file = run_dir / FOLDER / f"step_{rollout_step:06d}.npz"
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(".tmp")
-    with unfinished.open("wb") as stream:
+    with whole_file(file) as stream:
         np.savez_compressed(
             stream,
             rollout_step=np.int64(rollout_step),
@@ -42,7 +42,6 @@ def record(batch: TrainBatch, run_dir: Path, rollout_step: int) -> Path:
             loss_weights=np.array([sample.loss_weight for sample in samples], np.float64),
             on_policy=np.array([sample.on_policy for sample in samples], bool),
         )
-    unfinished.replace(file)
     return file
 
 

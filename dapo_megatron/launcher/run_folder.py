@@ -25,8 +25,10 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from dapo_megatron.metrics.writers import FILE_NAME as METRICS_FILE_NAME
 from dapo_megatron.types import CheckpointError
 from dapo_megatron.weights.file_digest import FileDigest, digest_file
+from dapo_megatron.whole_files import write_whole
 
 MARKER = "COMPLETE"
 ACTOR = "actor"
@@ -65,7 +67,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self.metrics_file = path / "metrics.jsonl"
+        self.metrics_file = path / METRICS_FILE_NAME
         self.config_file = path / "config.json"
         self.phase_file = path / "phase.json"
         self.phase_times_file = path / "phase_times.json"
@@ -77,13 +79,11 @@ class RunFolder:
         """Make the folders and write config.json."""
         for folder in (self.logs, self.checkpoints):
             folder.mkdir(parents=True, exist_ok=True)
-        _write_durably(self.config_file, json.dumps(description, indent=2) + "\n")
+        write_whole(self.config_file, json.dumps(description, indent=2) + "\n", durable=True)
 
     def note_phase(self, note: PhaseNote) -> None:
         """Say what the run is doing now."""
-        temporary = self.path / "phase.json.new"
-        temporary.write_bytes(_PHASE.dump_json(note) + b"\n")
-        temporary.replace(self.phase_file)
+        write_whole(self.phase_file, _PHASE.dump_json(note) + b"\n")
 
     def complete_checkpoints(self) -> list[Path]:
         """Checkpoints that a run can go on from, oldest first."""
@@ -192,7 +192,7 @@ def _strip(checkpoint: Path) -> None:
 
 
 def _write_marker(directory: Path, marker: Marker) -> None:
-    _write_durably(directory / MARKER, _MARKER.dump_json(marker, indent=2).decode() + "\n")
+    write_whole(directory / MARKER, _MARKER.dump_json(marker, indent=2) + b"\n", durable=True)
 
 
 def _sync_directory(directory: Path) -> None:
@@ -201,12 +201,3 @@ def _sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _write_durably(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".new")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

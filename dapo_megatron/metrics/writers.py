@@ -14,6 +14,7 @@ from typing import Any, Protocol, Self
 from dapo_megatron.config.schema import MetricsConfig
 from dapo_megatron.metrics.names import STEP_KEY, require_known
 from dapo_megatron.types import CheckpointError, ConfigError
+from dapo_megatron.whole_files import write_whole
 
 FILE_NAME = "metrics.jsonl"
 
@@ -89,12 +90,7 @@ class MetricsWriter:
     def _rewrite(self, rollout_step: int | None) -> int | None:
         """Keep the rows up to a step (None: all complete rows); returns the last step kept."""
         rows = [row for row in read_metrics(self._path) if rollout_step is None or row[STEP_KEY] <= rollout_step]
-        temporary = self._path.with_name(FILE_NAME + ".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._path)
+        write_whole(self._path, "".join(json.dumps(row) + "\n" for row in rows), durable=True)
         return rows[-1][STEP_KEY] if rows else None
 
 

@@ -21,6 +21,7 @@ from dapo_megatron.launcher.slurm.limits import device_problems, folder_problems
 from dapo_megatron.launcher.slurm.record import JobRecords
 from dapo_megatron.launcher.slurm.script import SCRIPT, render, this_python
 from dapo_megatron.launcher.slurm.sweep import Element, elements_of
+from dapo_megatron.metrics.writers import FILE_NAME as METRICS_FILE_NAME
 from dapo_megatron.types import ConfigError, SchedulerError
 
 SITE_FILE = Path("~/.config/dapo-megatron/slurm.yaml")
@@ -104,7 +105,7 @@ def plan_job(request: Request, check: Callable[[Config], object]) -> Plan:
         check(config)
     if not request.dry_run and (problems := [problem for config in configs for problem in space_problems(config)]):
         raise ConfigError(problems)
-    lead = max(signal_lead_seconds(config, config.run.dir / "metrics.jsonl") for config in configs)
+    lead = max(signal_lead_seconds(config, config.run.dir / METRICS_FILE_NAME) for config in configs)
     limit = seconds_of(configs[0].slurm.time)
     if limit is not None and lead >= limit:
         raise ConfigError(
