@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from dapo_megatron.config.schema import ClusterConfig, Config
+from dapo_megatron.exit_codes import ExitCode
 from dapo_megatron.launcher.phase_clock import Deadlines, PhaseClock
 from dapo_megatron.launcher.phase_history import NUM_TO_LEARN, PhaseHistory, PhaseTimes, settings_of
 from dapo_megatron.types import StalledError
@@ -113,3 +116,36 @@ async def test_a_phase_that_says_nothing_about_the_next_is_not_learnt_from():
     for seconds in (40.0, 90.0, 70.0):
         clock.learn("save", seconds)
     assert learnt.of("save") == 900
+
+
+_BLOCKED = """
+import asyncio, sys, time
+from dapo_megatron.config.schema import ClusterConfig
+from dapo_megatron.launcher.phase_clock import Deadlines, PhaseClock
+
+clock = PhaseClock(Deadlines(ClusterConfig(phase_deadline_seconds=0.1)), diagnose=lambda words: "rank 3 is stopped")
+
+async def blocks():
+    time.sleep(float(sys.argv[1]))
+
+async def run():
+    with clock.last_resort(poll_seconds=0.05, wait_seconds=0.1):
+        await clock.run("save", blocks())
+        print("saved")
+
+asyncio.run(run())
+"""
+
+
+def test_a_controller_that_stands_still_is_ended_with_its_diagnosis():
+    ended = subprocess.run([sys.executable, "-c", _BLOCKED, "60"], capture_output=True, text=True, timeout=50, check=False)
+    assert ended.returncode == ExitCode.STALLED
+    assert ended.stdout.startswith(
+        "error: phase save did not end within 0.1 s (cluster.phase_deadline_seconds), and the controller"
+    )
+    assert ended.stdout.endswith("stands still. rank 3 is stopped\n")
+
+
+def test_a_controller_that_is_in_time_is_left_alone():
+    ended = subprocess.run([sys.executable, "-c", _BLOCKED, "0"], capture_output=True, text=True, timeout=50, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "saved\n", "")
