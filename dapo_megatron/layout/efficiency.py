@@ -40,7 +40,11 @@ EFFICIENCIES: Mapping[str, Efficiency] = {
     ),
     "h20": Efficiency(0.85, 0.70, 0.55, 0.84, 0.66, 0.80, 5e-6, "no rows: Hopper's kernels on a seventh of its arithmetic"),
     "b200": Efficiency(0.52, 0.43, 0.35, 0.90, 0.37, 0.80, 5e-6, "43 rows: SimuMax, slices of dense and MoE models on 8 B200"),
+    "gb200": Efficiency(0.56, 0.43, 0.35, 0.90, 0.37, 0.80, 5e-6, "no rows: B200's, matrix products by power, 1200 W for 1000 W"),
+    "b300": Efficiency(0.57, 0.43, 0.35, 0.90, 0.37, 0.80, 5e-6, "no rows: B200's, matrix products by power, 1100 W for 1000 W"),
+    "gb300": Efficiency(0.66, 0.43, 0.35, 0.90, 0.37, 0.80, 5e-6, "no rows: B200's, matrix products by power, 1400 W for 1000 W"),
 }
 """By the name that a GPU entry refers to. `network` and `launch_seconds` are assumed, not fitted; so are all shares of H20 (its few
-arithmetic units are easily fed), and B200's where GB200, B300 and GB300 use them. Hopper's attention and memory are what its kernels alone
-reach (`benchmarks.planner_fit.MEASURED`)."""
+arithmetic units are easily fed). GB200, B300 and GB300 have B200's chip under another limit of power, which large matrix products run into: their
+rate is taken to go with that limit (data sheets), all else is B200's. Hopper's attention and memory are what its kernels alone reach
+(`benchmarks.planner_fit.MEASURED`)."""

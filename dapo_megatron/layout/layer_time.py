@@ -39,6 +39,8 @@ class TimeOptions:
     """Collectives of tensor parallelism run inside the matrix products (user buffers)."""
     dispatch_once_per_node: bool = False
     """A token goes once to every node, and there to every rank, that has some of its experts (DeepEP); False: once to every expert."""
+    overlap_expert_parallel: bool = False
+    """Tokens of one micro-batch are sent to experts and back while another one is computed."""
     dropout: bool = False
     """In attention and on both residual branches."""
     fully_sharded: bool = False
@@ -226,11 +228,23 @@ def layer_seconds(
     attention = _attention(machine, shape, without_experts, num_tokens, mean_square)
     rest = _experts(machine, shape, cut, num_tokens) if has_experts else _mlp(machine, shape, without_experts, num_tokens)
     forward, backward = attention.forward + rest.forward, attention.backward + rest.backward
+    if machine.options.overlap_expert_parallel:
+        forward, backward = _beside_another(forward, backward)
     if recompute.granularity == "full":
         return LayerSeconds(forward, backward, forward)
     names = {name for module in recompute.modules for name in _RECOMPUTED[module]}
     again = [block.parts[name].forward for block in (attention, rest) for name in sorted(names & block.parts.keys())]
     return LayerSeconds(forward, backward, sum(again, NO_TIME))
+
+
+def _beside_another(forward: Seconds, backward: Seconds) -> tuple[Seconds, Seconds]:
+    """Expert-parallel communication runs beside all the rest of a layer, in both directions; a tenth is never covered."""
+    sent = forward.expert_parallel + backward.expert_parallel
+    if not sent:
+        return forward, backward
+    share = max(1 - (forward.total + backward.total - sent) / sent, 0.1)
+    exposed = (replace(one, expert_parallel=one.expert_parallel * share) for one in (forward, backward))
+    return next(exposed), next(exposed)
 
 
 @dataclass(frozen=True, slots=True)

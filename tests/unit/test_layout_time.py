@@ -176,6 +176,19 @@ def test_dispatch_once_per_node_sends_a_token_once_to_every_rank_within_the_node
     assert H100.all_to_all(8e9, 8, 8) == pytest.approx(7e9 / nvlink / H100.efficiency.link, rel=0.01)
 
 
+@pytest.mark.parametrize("expert, longer", [(8, "rest"), (64, "sent")])
+def test_experts_that_are_sent_to_beside_other_work_wait_for_the_longer(expert: int, longer: str):
+    def layer(machine: Machine) -> tuple[float, float]:
+        seconds = layer_seconds(machine, MIXTURE, Cut(1, 1, expert, 1, False), True, 8192, 4096, NO_RECOMPUTE)
+        both = seconds.forward + seconds.backward
+        return both.expert_parallel, both.total - both.expert_parallel
+
+    beside = Machine(H100.gpu, TimeOptions(overlap_expert_parallel=True))
+    (sent, rest), (waited, same) = layer(H100), layer(beside)
+    assert same == pytest.approx(rest) and (sent > rest) is (longer == "sent")
+    assert waited == pytest.approx(max(sent - rest, sent / 10))
+
+
 def test_optimizer_on_the_host_is_slower_and_sharded_states_are_faster():
     def optimizer(**changes: object) -> float:
         return update_seconds(H100, DENSE, replace(Layout(data_parallel_size=8), **changes), BATCHES).optimizer  # type: ignore[arg-type]

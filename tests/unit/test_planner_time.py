@@ -97,13 +97,25 @@ def test_device_with_another_memory_than_the_tables():
     assert gpu.bf16_tflops == full.bf16_tflops and gpu.name != full.name
 
 
-def test_step_times_that_nothing_was_fitted_to():
-    """B300 and GB300 have the shares of a B200 box of less power. On H100 the hosts of Qwen3-30B-A3B are slower than its GPUs."""
+def test_step_times_and_rankings_that_nothing_was_fitted_to():
+    """All but four rows, of Qwen3-30B-A3B in fp8 on H100 and B200, which take twice as long as planned."""
     scores = _scores(read_rows(HELD_OUT))
-    hopper, grace = ([score for score in scores if score.inputs.gpu == gpu] for gpu in ("H100-80", "GB200-186"))
-    host_bound = [score for score in hopper if score.inputs.model == "Qwen3_30B_a3B"]
-    errors = [abs(score.error) for score in hopper if score not in host_bound]
-    assert len(errors) >= 17 and median(errors) <= 0.11 and max(errors) <= 0.31
-    assert len(grace) >= 15 and median(abs(score.error) for score in grace) <= 0.09
-    assert max(abs(score.error) for score in grace) <= 0.25
-    assert all(score.error < -0.1 for score in host_bound)
+    unexplained = [score for score in scores if score.error < -0.5]
+    assert len(scores) >= 63 and len(unexplained) == 4
+    assert {(score.inputs.model, score.inputs.gpu) for score in unexplained} == {
+        ("Qwen3_30B_a3B", "H100-80"),
+        ("Qwen3_30B_a3B", "B200-180"),
+    }
+    assert median(abs(score.error) for score in scores) <= 0.09
+    assert max(abs(score.error) for score in scores if score not in unexplained) <= 0.36
+    medians = {"H100-80": 0.10, "B200-180": 0.15, "GB200-186": 0.05, "GB300-288": 0.08}
+    for gpu, limit in medians.items():
+        assert median(abs(score.error) for score in scores if score.inputs.gpu == gpu) <= limit
+    assert mean(regret for *_, regret in regrets(scores)) <= 0.05
+
+
+def test_a_row_that_says_how_tokens_are_sent_to_experts_is_taken_at_its_word():
+    """Qwen3-30B-A3B in bf16 on 16 H100: plain all-to-all, HybridEP, and HybridEP beside other work."""
+    scores = {score.inputs.row_id: score for score in _scores(read_rows(HELD_OUT))}
+    assert max(abs(scores[row].error) for row in ("M6", "M10", "M11")) <= 0.06
+    assert scores["M6"].predicted_seconds > 1.5 * scores["M10"].predicted_seconds
