@@ -29,7 +29,7 @@ from dapo_megatron.types import ConfigError, DataError, Prompt
 if TYPE_CHECKING:
     from dapo_megatron.eval.measure import Protocol
     from dapo_megatron.launcher.local_backend import LocalBackend
-    from dapo_megatron.launcher.ray_backend import RayBackend
+    from dapo_megatron.launcher.ray.backend import RayBackend
 
 
 def run(path: Path, files: Sequence[Path], overrides: Sequence[str], out: Path | None) -> int:

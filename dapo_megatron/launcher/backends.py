@@ -14,7 +14,7 @@ from dapo_megatron.launcher.placement import ClusterNode
 
 if TYPE_CHECKING:
     from dapo_megatron.launcher.local_backend import LocalBackend
-    from dapo_megatron.launcher.ray_backend import RayBackend
+    from dapo_megatron.launcher.ray.backend import RayBackend
 
 Ranks = Literal["training", "frozen", "none"]
 """What the actor ranks are for: to train; to hold the weights of a checkpoint; not started at all."""
@@ -32,7 +32,7 @@ def session(config: Config, cluster: RayCluster | None = None) -> AbstractContex
     """What `backend` needs around it; a restarted run stays in it. With `cluster`: once all its nodes are there."""
     if config.cluster.backend == "local":
         return nullcontext()
-    from dapo_megatron.launcher.ray_backend import ray_session
+    from dapo_megatron.launcher.ray.session import ray_session
 
     return ray_session(config, cluster)
 
@@ -48,7 +48,7 @@ def backend(
         with local_backend(config, ranks) as processes:
             yield processes
         return
-    from dapo_megatron.launcher.ray_backend import ray_backend
+    from dapo_megatron.launcher.ray.backend import ray_backend
 
     with ray_backend(config, logs, ranks, cluster=cluster) as ray_processes:
         yield ray_processes

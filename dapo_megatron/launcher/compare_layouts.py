@@ -176,7 +176,8 @@ def generated_batch(vocab_size: int, *, num_updates: int, num_samples: int, conf
 
 def _run(configs: dict[str, Config], recorded: RecordedBatch) -> dict[str, Replay]:
     """One layout after the other, each with ranks of its own. Their logs: RUN/logs/compare_layouts_A, _B."""
-    from dapo_megatron.launcher.ray_backend import ray_backend, ray_session
+    from dapo_megatron.launcher.ray.backend import ray_backend
+    from dapo_megatron.launcher.ray.session import ray_session
 
     replays = {}
     largest = max(configs.values(), key=lambda config: config.actor.world_size)

@@ -159,7 +159,8 @@ def _scaled(lengths: ProbeLengths, scale: float) -> ProbeLengths:
 
 def _measure(configs: Sequence[Config], lengths: ProbeLengths, vocab_size: int, console: Console) -> list[MeasuredLayout]:
     """One layout after the other, each with ranks of its own. Their logs: RUN/logs/probe_N."""
-    from dapo_megatron.launcher.ray_backend import ray_backend, ray_session
+    from dapo_megatron.launcher.ray.backend import ray_backend
+    from dapo_megatron.launcher.ray.session import ray_session
 
     measured = []
     with ray_session(max(configs, key=lambda config: config.actor.world_size)):

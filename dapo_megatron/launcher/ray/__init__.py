@@ -1,0 +1,1 @@
+"""The run's processes under Ray. The only room that imports ray."""
