@@ -8,7 +8,7 @@ from dapo_megatron.config.layout_rules import divisors
 from dapo_megatron.layout.engine_memory import engine_memory
 from dapo_megatron.layout.layer_time import Machine
 from dapo_megatron.layout.layout import EngineLayout, Layout
-from dapo_megatron.layout.memory import engine_room_bytes
+from dapo_megatron.layout.memory import engine_room_bytes, resident_bytes
 from dapo_megatron.layout.memory_records import MemoryOptions
 from dapo_megatron.layout.plan import PlanRequest, Rejection
 from dapo_megatron.layout.rollout_time import rollout_seconds
@@ -44,12 +44,13 @@ def with_engines(request: PlanRequest, machine: Machine, options: MemoryOptions,
     gpu_bytes, longest = request.gpu.memory_bytes, request.workload.max_sequence_tokens
     best: tuple[float, EngineLayout] | None = None
     room = 0.0
+    resident = resident_bytes(request.model, layout, options) if request.colocated else None
     for tensor in _sizes(request, num_gpus):
         if best is not None and tensor > request.gpus_per_node:
             break  # over nodes only where one node cannot hold the model
         engine = EngineLayout(tensor, num_gpus // tensor, 0.0, request.colocated)
         memory = engine_memory(request.model, engine, options)
-        room = max(room, free := engine_room_bytes(request.model, replace(layout, engine=engine), gpu_bytes, options))
+        room = max(room, free := engine_room_bytes(memory, layout, resident, gpu_bytes))
         share = min(MAX_SHARE, int(STEPS_OF_SHARE * free / gpu_bytes) / STEPS_OF_SHARE)
         tokens = int(memory.kv_pool_bytes(share, gpu_bytes) / memory.kv_bytes_per_token)
         if share <= 0 or tokens < longest:

@@ -99,22 +99,23 @@ def with_margin(allocated_bytes: float, layout: Layout) -> float:
     return reserved_bytes(allocated_bytes) + _outside(layout)
 
 
-def engine_room_bytes(shape: ModelShape, layout: Layout, gpu_bytes: float, options: MemoryOptions = DEFAULT_OPTIONS) -> float:
+def resident_bytes(shape: ModelShape, layout: Layout, options: MemoryOptions = DEFAULT_OPTIONS) -> float:
+    """What of the actor's states the fullest GPU holds while engines generate: without what the layout swaps out."""
+    return max(
+        sum(num_bytes for _, num_bytes in _resident(states, layout.swap_parameters, layout.swap_optimizer))
+        for states in set(stage_states(shape, layout, options))
+    )
+
+
+def engine_room_bytes(engine: EngineMemory, layout: Layout, resident: float | None, gpu_bytes: float) -> float:
     """What the fullest GPU has left for weights and KV cache of one engine rank in the rollout phase; negative when too little.
 
-    Weights and optimizer state that the layout swaps out are not there. `layout.engine` must be given.
+    `resident` is what the actor's states take there (`resident_bytes`); None: the engine has its own devices.
     """
-    assert layout.engine is not None
-    engine = engine_memory(shape, layout.engine, options)
     own = engine.workspace_bytes + engine.asleep_bytes
-    if not layout.engine.colocated:
+    if resident is None:
         return gpu_bytes - own - NCCL_BYTES_PER_GROUP - MARGIN_BYTES
-    resident = max(
-        sum(num_bytes for _, num_bytes in _resident(states, layout.swap_parameters, layout.swap_optimizer))
-        for states in stage_states(shape, layout, options)
-    )
-    fragmented = resident + own - CUDA_CONTEXT_BYTES
-    return gpu_bytes - with_margin(fragmented, layout) - CUDA_CONTEXT_BYTES
+    return gpu_bytes - with_margin(resident + own - CUDA_CONTEXT_BYTES, layout) - CUDA_CONTEXT_BYTES
 
 
 def _resident(states: StageStates, swap_parameters: bool, swap_optimizer: bool) -> list[tuple[str, float]]:

@@ -77,8 +77,7 @@ def plan(request: PlanRequest, only: Callable[[Layout], bool] | None = None) -> 
             if len(fastest) > request.top:
                 heapq.heappop(fastest)
     candidates = _ranked(candidates)
-    best = [replace(candidate, gains=gains_of(request, candidate, search.options)) for candidate in candidates[: request.top]]
-    return Plan(request, (*best, *candidates[request.top :]), tuple(rejections), _notes(request))
+    return Plan(request, tuple(search.with_gains(candidates)), tuple(rejections), _notes(request))
 
 
 def memory_options(request: PlanRequest) -> MemoryOptions:
@@ -168,8 +167,7 @@ class _Search:
         request, workload = self.request, self.request.workload
         seconds = []
         for limit in token_limits(request, cut):
-            sized = replace(cut, max_tokens_per_micro_batch=limit)
-            update = update_seconds(self.machine, request.model, sized, micro_batches(workload, sized))
+            update = update_seconds(self.machine, request.model, cut, micro_batches(workload, cut, limit))
             log_probs = update.forward.total if workload.has_old_log_probs_pass else 0.0
             seconds.append(workload.num_updates_per_rollout * (update.total + log_probs))
         calibration = request.calibration or UNCORRECTED
@@ -181,15 +179,39 @@ class _Search:
 
         What takes more than `worst` seconds is left out by its time alone.
         """
+        kept: Layout | None = None  # without offload, where rollout and sync have room for it
         for swap in (False, True) if self.request.colocated else (False,):
             layout = replace(cut, swap_optimizer=swap, swap_parameters=swap)
             with_engine = with_engines(self.request, self.machine, self.options, layout)
             if isinstance(with_engine, Rejection):
                 yield with_engine
-            else:
-                yield from self._of_engine(with_engine, worst)
+                continue
+            if kept is not None and (needless := self._needless_swap(with_engine, kept)):
+                yield needless
+                continue
+            fits = does_not_fit = False
+            for found in self._of_engine(with_engine, worst):
+                fits |= isinstance(found, Candidate)
+                does_not_fit |= isinstance(found, Rejection) and found.kind != "slower"
+                yield found
+            kept = with_engine if fits or not does_not_fit else None
         if cut.data_parallel_size * cut.context_parallel_size > 1:
             yield self._whole_optimizer(cut)
+
+    def _needless_swap(self, swapped: Layout, kept: Layout) -> Rejection | None:
+        """Offload makes room in rollout and sync alone: where there is enough, it must save more of generation than it takes."""
+        if self.request.workload.rollout_lag:
+            return None  # what is waited for of generation depends on how long training takes
+        request, gpu_bytes = self.request, self.request.gpu.memory_bytes
+        limits, choices = token_limits(request, swapped), recompute_choices(request.model)
+        layouts = [self._sized(layout, limits[0], choices[0]) for layout in (kept, swapped)]
+        before, after = (self.time(one, kv_cache_tokens(request.model, one, gpu_bytes, self.options)) for one in layouts)
+        if after.step_seconds < before.step_seconds:
+            return None
+        saved = before.phase_seconds("rollout") - after.phase_seconds("rollout")
+        taken = after.phase_seconds("sync") - before.phase_seconds("sync")
+        reason = f"actor.offload saves {max(saved, 0.0):.1f} s of generation and takes {taken:.1f} s of swaps, and the same cut has room without it"
+        return Rejection(layouts[1], "slower", reason, len(limits) * len(choices), step_seconds=after.step_seconds)
 
     def _of_engine(self, layout: Layout, worst: float) -> Iterator[Candidate | Rejection]:
         limits, choices = token_limits(self.request, layout), recompute_choices(self.request.model)
@@ -262,14 +284,25 @@ class _Search:
         )
         return Rejection(whole, "slower", reason)
 
+    def with_gains(self, candidates: list[Candidate]) -> Iterator[Candidate]:
+        """With what would gain how much for the best of each cut, as many as are asked for."""
+        named: set[tuple[int, ...]] = set()
+        for candidate in candidates:
+            sizes = cut_sizes(candidate.layout)
+            if sizes in named or len(named) == self.request.top:
+                yield candidate
+            else:
+                named.add(sizes)
+                yield replace(candidate, gains=gains_of(self.request, candidate, self.options))
+
     def time(self, layout: Layout, kv_cache_tokens: int | None) -> StepTime:
         """One rollout step of a layout whose engines hold so many tokens."""
         request = self.request
         return step_time(self.machine, request.model, layout, request.workload, kv_cache_tokens, request.calibration)
 
     def _sized(self, layout: Layout, limit: int, recompute: Recompute) -> Layout:
-        sized = replace(layout, max_tokens_per_micro_batch=limit, recompute=recompute)
-        return replace(sized, num_micro_batches=micro_batches(self.request.workload, sized).num_micro_batches)
+        count = micro_batches(self.request.workload, layout, limit).num_micro_batches
+        return replace(layout, max_tokens_per_micro_batch=limit, recompute=recompute, num_micro_batches=count)
 
     def _slower(self, layout: Layout, faster: Candidate) -> Rejection:
         time = self.time(layout, faster.memory.kv_cache_tokens)

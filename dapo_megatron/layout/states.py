@@ -10,7 +10,6 @@ from dapo_megatron.layout.memory_records import MemoryOptions
 from dapo_megatron.layout.model_shape import ModelShape
 from dapo_megatron.layout.parameters import (
     RankParameters,
-    Weight,
     embedding_weights,
     head_weights,
     layer_weights,
@@ -91,52 +90,57 @@ def _stage_states(
     offload_fraction: float,
     options: MemoryOptions,
 ) -> tuple[StageStates, ...]:
-    layout = Layout(tensor_parallel_size=tp, expert_parallel_size=ep, expert_tensor_parallel_size=etp)
     made: dict[tuple[StageLayers, bool, bool], StageStates] = {}
     stages = []
     for stage, counts in enumerate(layers):
         kind = counts, stage == 0, stage == len(layers) - 1
         if kind not in made:  # the stages in the middle are mostly alike
-            chunks = [
-                _chunk_weights(
-                    shape, dense, moe, options, tp, first=kind[1] and chunk == 0, last=kind[2] and chunk == len(counts.moe) - 1
-                )
-                for chunk, (dense, moe) in enumerate(zip(counts.dense, counts.moe, strict=True))
-            ]
-            unit = _layer_elements(shape, counts, layout, options)
-            linear_grad = _linear_grad_elements(shape, counts, layout, options)
-            made[kind] = _states(
-                chunks, unit, linear_grad, layout, num_shards, num_expert_shards, distributed, offload_fraction, options
-            )
+            held = _held(shape, *kind, tp, ep, etp, options)
+            made[kind] = _states(held, num_shards, num_expert_shards, distributed, offload_fraction, options)
         stages.append(made[kind])
     return tuple(stages)
 
 
-type _Counted = tuple[tuple[Weight, int], ...]
-"""Matrices, and how often each is there."""
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """Elements that a rank of a stage holds, whatever the number of copies of the model."""
+
+    chunks: tuple[RankParameters, ...]
+    layers: _Layers
+    linear_grads: int
 
 
-def _chunk_weights(
-    shape: ModelShape, num_dense: int, num_moe: int, options: MemoryOptions, tp: int, *, first: bool, last: bool
-) -> _Counted:
-    vocab = shape.padded_vocab_size(options.vocab_multiple * tp)
-    weights: list[tuple[Weight, int]] = []
+@lru_cache(maxsize=4096)
+def _held(
+    shape: ModelShape, counts: StageLayers, is_first: bool, is_last: bool, tp: int, ep: int, etp: int, options: MemoryOptions
+) -> _Held:
+    layout = Layout(tensor_parallel_size=tp, expert_parallel_size=ep, expert_tensor_parallel_size=etp)
+    last_chunk = len(counts.moe) - 1
+    chunks = tuple(
+        _chunk(shape, dense, moe, options, layout, first=is_first and chunk == 0, last=is_last and chunk == last_chunk)
+        for chunk, (dense, moe) in enumerate(zip(counts.dense, counts.moe, strict=True))
+    )
+    return _Held(chunks, _layer_elements(shape, counts, layout, options), _linear_grad_elements(shape, counts, layout, options))
+
+
+def _chunk(
+    shape: ModelShape, num_dense: int, num_moe: int, options: MemoryOptions, layout: Layout, *, first: bool, last: bool
+) -> RankParameters:
+    """What a rank holds of one model chunk."""
+    vocab = shape.padded_vocab_size(options.vocab_multiple * layout.tensor_parallel_size)
+    held = RankParameters()
     for has_experts, count in ((False, num_dense), (True, num_moe)):
         if count:
-            weights += [(weight, count) for weight in layer_weights(shape, has_experts, options.kernels)]
+            held += rank_parameters(layer_weights(shape, has_experts, options.kernels), layout) * count
     if first:
-        weights += [(weight, 1) for weight in embedding_weights(shape, vocab)]
+        held += rank_parameters(embedding_weights(shape, vocab), layout)
     if last:
         head = head_weights(shape, vocab)
-        weights += [(weight, 1) for weight in (head[:-1] if shape.tied and first else head)]
+        held += rank_parameters(head[:-1] if shape.tied and first else head, layout)
         if shape.num_mtp_layers:
-            weights += [(weight, shape.num_mtp_layers) for weight in mtp_weights(shape, options.kernels)]
-            weights += [] if first else [(weight, 1) for weight in embedding_weights(shape, vocab)]
-    return tuple(weights)
-
-
-def _of_rank(weights: _Counted, layout: Layout) -> RankParameters:
-    return sum((rank_parameters((weight,), layout) * count for weight, count in weights), RankParameters())
+            held += rank_parameters(mtp_weights(shape, options.kernels), layout) * shape.num_mtp_layers
+            held += RankParameters() if first else rank_parameters(embedding_weights(shape, vocab), layout)
+    return held
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,18 +172,14 @@ def _linear_grad_elements(shape: ModelShape, layers: StageLayers, layout: Layout
 
 
 def _states(
-    chunks: list[_Counted],
-    unit: _Layers,
-    linear_grad: int,
-    layout: Layout,
+    stage: _Held,
     num_shards: int,
     num_expert_shards: int,
     distributed: bool,
     offload_fraction: float,
     options: MemoryOptions,
 ) -> StageStates:
-    precision = options.precision
-    ranks = [_of_rank(weights, layout) for weights in chunks]
+    precision, ranks, unit = options.precision, stage.chunks, stage.layers
     dense, expert = sum(rank.dense for rank in ranks), sum(rank.expert for rank in ranks)
     held: float = dense + expert
     if distributed:
@@ -204,5 +204,5 @@ def _states(
         optimizer_bytes=optimizer * (1 - offload_fraction),
         host_optimizer_bytes=optimizer * offload_fraction,
         optimizer_shard_bytes=optimizer,
-        linear_grad_bytes=precision.weight_bytes * linear_grad,
+        linear_grad_bytes=precision.weight_bytes * stage.linear_grads,
     )

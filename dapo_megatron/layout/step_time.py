@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from dapo_megatron.layout.calibration import Calibration
@@ -12,7 +12,7 @@ from dapo_megatron.layout.layout import Layout
 from dapo_megatron.layout.model_shape import ModelShape
 from dapo_megatron.layout.parameters import num_params
 from dapo_megatron.layout.rollout_time import rollout_seconds
-from dapo_megatron.layout.train_time import MicroBatches, UpdateSeconds, forward_seconds, micro_batches, update_seconds
+from dapo_megatron.layout.train_time import MicroBatches, UpdateSeconds, micro_batches, update_seconds
 from dapo_megatron.layout.workload import Workload
 
 Phase = Literal["rollout", "log_probs", "train", "sync"]
@@ -51,15 +51,15 @@ class StepTime:
     """Of one device."""
     decode_bound: str | None
     """What a full decoding step waits for; None without engines."""
+    step_seconds: float = field(init=False, compare=False)
+    """The whole step."""
 
-    @property
-    def step_seconds(self) -> float:
-        """The whole step."""
-        return sum(item.seconds for item in self.items)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "step_seconds", sum([item.seconds for item in self.items]))
 
     def phase_seconds(self, phase: Phase) -> float:
         """The items of one phase together."""
-        return sum(item.seconds for item in self.items if item.phase == phase)
+        return sum([item.seconds for item in self.items if item.phase == phase])
 
     @property
     def tokens_per_gpu_second(self) -> float:
@@ -87,7 +87,7 @@ def step_time(
     """One rollout step. `kv_cache_tokens` fit into the cache of one engine (`MemoryPlan`); None and no engine: training only."""
     batches = micro_batches(workload, layout)
     update = update_seconds(machine, shape, layout, batches)
-    items = [*_log_prob_items(machine, shape, layout, workload, batches), *_train_items(update, workload)]
+    items = [*_log_prob_items(update, workload, batches), *_train_items(update, workload)]
     bound = None
     if layout.engine is not None:
         if kv_cache_tokens is None:
@@ -126,13 +126,11 @@ def _beside_training(items: list[TimeItem]) -> list[TimeItem]:
     return [replace(item, seconds=item.seconds * waited) if item.phase == "rollout" else item for item in items]
 
 
-def _log_prob_items(
-    machine: Machine, shape: ModelShape, layout: Layout, workload: Workload, batches: MicroBatches
-) -> list[TimeItem]:
+def _log_prob_items(update: UpdateSeconds, workload: Workload, batches: MicroBatches) -> list[TimeItem]:
     if not workload.has_old_log_probs_pass:
         return []
-    all_updates = replace(batches, num_micro_batches=batches.num_micro_batches * workload.num_updates_per_rollout)
-    return [TimeItem("log_probs", "old log-probs: forward", forward_seconds(machine, shape, layout, all_updates))]
+    count = batches.num_micro_batches * workload.num_updates_per_rollout
+    return [TimeItem("log_probs", "old log-probs: forward", count * update.forward_alone + update.forward_bubble)]
 
 
 def _train_items(update: UpdateSeconds, workload: Workload) -> list[TimeItem]:

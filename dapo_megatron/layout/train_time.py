@@ -33,12 +33,15 @@ PACKING_FILL = 0.95
 """Tokens of a full micro-batch over its limit: whole sequences are packed best-fit-decreasing."""
 
 
-def micro_batches(workload: Workload, layout: Layout) -> MicroBatches:
-    """How the samples of one optimizer step become micro-batches of the busiest data-parallel rank."""
+def micro_batches(workload: Workload, layout: Layout, limit: int | None = None) -> MicroBatches:
+    """How the samples of one optimizer step become micro-batches of the busiest data-parallel rank.
+
+    `limit` takes the place of the layout's `max_tokens_per_micro_batch`.
+    """
     mean_tokens = workload.num_samples_per_update * workload.sequence_tokens / layout.data_parallel_size
     longest = workload.longest_of(workload.num_samples_per_update)
     num_tokens = max(mean_tokens, longest)  # a sequence is never cut: with few samples a rank the longest one decides
-    count = math.ceil(num_tokens / (layout.max_tokens_per_micro_batch * PACKING_FILL))
+    count = math.ceil(num_tokens / ((layout.max_tokens_per_micro_batch if limit is None else limit) * PACKING_FILL))
     if layout.virtual_pipeline_size:
         count = math.ceil(count / layout.pipeline_parallel_size) * layout.pipeline_parallel_size
     return MicroBatches(count, num_tokens / count, workload.mean_square)
@@ -61,6 +64,10 @@ class UpdateSeconds:
     """On a rank of the fullest stage; no time."""
     owned_parameters: float
     """Of these, whose optimizer state is on the rank and on its GPU."""
+    forward_alone: float
+    """Of one micro-batch in a pass without a backward one, as for the old log-probabilities; no part of the step."""
+    forward_bubble: float
+    """Of such a pass, however many micro-batches it has."""
 
     @property
     def total(self) -> float:
@@ -101,25 +108,21 @@ def update_seconds(
     m = batches.num_micro_batches
     # While the pipeline fills and drains, the slowest stage waits for one micro-batch of every other one, or one chunk of it.
     bubble = (sum(stage.total for stage in stages) - slowest.total) / layout.num_chunks
-    parameters = max((stage.parameters for stage in stages), key=lambda held: held.total)
+    parameters = max([stage.parameters for stage in stages], key=lambda held: held.total)
+    forward, sent = [stage.forward.total for stage in stages], _between_stages(machine, shape, layout, batches)
     return UpdateSeconds(
         forward=slowest.forward * m,
         backward=slowest.backward * m,
         recompute=slowest.recompute * m,
         pipeline_bubble=bubble,
-        pipeline_parallel=m * _between_stages(machine, shape, layout, batches, passes=2),
+        pipeline_parallel=2 * m * sent,
         data_parallel=_data_parallel(machine, layout, parameters, slowest, m),
         optimizer=_optimizer(machine, layout, parameters),
         held_parameters=parameters.total,
         owned_parameters=_owned(layout, parameters) * (1 - layout.optimizer_offload_fraction),
+        forward_alone=max(forward) + sent,
+        forward_bubble=(sum(forward) - max(forward)) / layout.num_chunks,
     )
-
-
-def forward_seconds(machine: Machine, shape: ModelShape, layout: Layout, batches: MicroBatches) -> float:
-    """Forward passes alone, as for the old log-probabilities."""
-    stages = [stage.forward.total for stage in _stages(machine, shape, layout, batches)]
-    bubble = (sum(stages) - max(stages)) / layout.num_chunks
-    return batches.num_micro_batches * (max(stages) + _between_stages(machine, shape, layout, batches, passes=1)) + bubble
 
 
 def _stages(
@@ -133,10 +136,14 @@ def _stages(
     tokens, last = batches.tokens_per_micro_batch / layout.context_parallel_size, layout.pipeline_parallel_size - 1
     cut, mean_square, recompute, num_chunks = Cut.of(layout), batches.mean_square, layout.recompute, layout.num_chunks
     counts = layer_counts(shape, layout) if layers is None else _counts_of(shape, layers)
-    return [
-        _stage(machine, shape, cut, tokens, mean_square, recompute, num_chunks, *count, number == 0, number == last)
-        for number, count in enumerate(counts)
-    ]
+    made: dict[tuple[int, int, bool, bool], _Stage] = {}
+    stages = []
+    for number, count in enumerate(counts):
+        kind = (*count, number == 0, number == last)
+        if kind not in made:  # the stages in the middle are mostly alike
+            made[kind] = _stage(machine, shape, cut, tokens, mean_square, recompute, num_chunks, *kind)
+        stages.append(made[kind])
+    return stages
 
 
 def layer_counts(shape: ModelShape, layout: Layout) -> tuple[tuple[int, int], ...]:
@@ -195,8 +202,8 @@ def _recomputed_share(recompute: Recompute, num_chunks: int, num_layers: int) ->
     return 1.0
 
 
-def _between_stages(machine: Machine, shape: ModelShape, layout: Layout, batches: MicroBatches, *, passes: int) -> float:
-    """Of one micro-batch on one stage. The interleaved schedule sends beside its work, so only a part is waited for."""
+def _between_stages(machine: Machine, shape: ModelShape, layout: Layout, batches: MicroBatches) -> float:
+    """Of one micro-batch on one stage, forward or backward. The interleaved schedule sends beside its work, so only a part is waited for."""
     if layout.pipeline_parallel_size == 1:
         return 0.0
     tokens = batches.tokens_per_micro_batch / layout.context_parallel_size
@@ -205,7 +212,7 @@ def _between_stages(machine: Machine, shape: ModelShape, layout: Layout, batches
     stride = layout.world_size // layout.pipeline_parallel_size
     once = machine.point_to_point(2 * tokens * shape.hidden_size, stride)
     exposed = 0.25 * layout.num_chunks if layout.virtual_pipeline_size else 1.0
-    return passes * once * exposed
+    return once * exposed
 
 
 @lru_cache(maxsize=50_000)

@@ -11,8 +11,8 @@ from dapo_megatron.layout.engine_memory import engine_memory, kv_elements_per_to
 from dapo_megatron.layout.fit import reason_not_fitting
 from dapo_megatron.layout.in_flight import passes_in_flight
 from dapo_megatron.layout.layout import FULL_RECOMPUTE, EmbeddedEngine, EngineLayout, Layout, Recompute
-from dapo_megatron.layout.memory import engine_room_bytes, plan_memory, train_allocated_bytes
-from dapo_megatron.layout.memory_records import MemoryOptions, Precision
+from dapo_megatron.layout.memory import engine_room_bytes, plan_memory, resident_bytes, train_allocated_bytes
+from dapo_megatron.layout.memory_records import DEFAULT_OPTIONS, MemoryOptions, Precision
 from dapo_megatron.layout.model_shape import ModelShape
 from dapo_megatron.layout.parameters import num_active_params, num_params
 from dapo_megatron.layout.states import stage_states
@@ -248,7 +248,10 @@ def test_checkpoint_is_fourteen_bytes_a_parameter():
 @pytest.mark.parametrize("colocated", [True, False])
 def test_engine_of_the_size_of_the_room_just_fits(colocated):
     layout = replace(EIGHT_WAY, swap_optimizer=True, engine=EngineLayout(tensor_parallel_size=4, colocated=colocated))
-    fraction = engine_room_bytes(QWEN_32B, layout, H100) / H100
+    assert layout.engine is not None
+    engine = engine_memory(QWEN_32B, layout.engine, DEFAULT_OPTIONS)
+    resident = resident_bytes(QWEN_32B, layout) if colocated else None
+    fraction = engine_room_bytes(engine, layout, resident, H100) / H100
     assert layout.engine is not None and 0 < fraction < 1
 
     def rollout_bytes(fraction: float) -> int:

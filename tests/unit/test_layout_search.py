@@ -95,6 +95,22 @@ def test_what_the_bound_leaves_out_is_slower(monkeypatch: pytest.MonkeyPatch, ca
     assert best == pytest.approx(all_best)
 
 
+def test_offload_without_need_is_left_out_with_its_price_and_nothing_faster_is_lost(monkeypatch: pytest.MonkeyPatch):
+    request = replace(DENSE, num_gpus=16)
+    found = plan(request)
+    needless = [one for one in found.rejections if "actor.offload saves" in one.reason]
+    assert needless and all(one.kind == "slower" and one.layout.swap_optimizer and one.num_layouts >= 3 for one in needless)
+    monkeypatch.setattr(search._Search, "_needless_swap", lambda *_: None)
+    in_full = plan(request)
+    assert len(in_full.candidates) > len(found.candidates)
+    fastest = [{candidate.layout for candidate in best_of_cuts(one.candidates)[: request.top]} for one in (found, in_full)]
+    assert fastest[0] == fastest[1]
+
+
+def test_every_layout_of_the_table_says_what_would_gain(dense_plan):
+    assert all(candidate.gains for candidate in best_of_cuts(dense_plan.candidates)[: DENSE.top])
+
+
 @pytest.mark.parametrize("model", [QWEN_7B, QWEN_30B])
 def test_rows_of_the_table_are_those_of_a_plan_that_accounts_for_all_memory(monkeypatch: pytest.MonkeyPatch, model: ModelShape):
     request = replace(MIXTURE, model=model, num_gpus=32, top=5)
@@ -207,7 +223,8 @@ def test_gains_name_changes_and_what_they_save(dense_plan):
     streaming = plan(replace(DENSE, workload=replace(WORKLOAD, sampler="streaming"), top=1))
     assert streaming.candidates[0].time.step_seconds < best.time.step_seconds
     assert not any("streaming" in gain for gain in streaming.candidates[0].gains)
-    assert all(candidate.gains == () for candidate in dense_plan.candidates[DENSE.top :])
+    shown = best_of_cuts(dense_plan.candidates)[: DENSE.top]
+    assert not any(candidate.gains for candidate in dense_plan.candidates if candidate not in shown)
 
 
 def test_calibrated_plan_says_so():

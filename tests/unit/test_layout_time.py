@@ -15,7 +15,7 @@ from dapo_megatron.layout.layout import FULL_RECOMPUTE, NO_RECOMPUTE, EngineLayo
 from dapo_megatron.layout.model_shape import Experts, GroupedQueryAttention, LatentAttention, ModelShape
 from dapo_megatron.layout.rollout_time import rollout_seconds
 from dapo_megatron.layout.step_time import step_time
-from dapo_megatron.layout.train_time import MicroBatches, forward_seconds, micro_batches, update_seconds
+from dapo_megatron.layout.train_time import MicroBatches, micro_batches, update_seconds
 from dapo_megatron.layout.workload import Workload
 
 DENSE = ModelShape(32, 4096, 14336, GroupedQueryAttention(32, 8, 128), None, (False,) * 32, 128256, tied=False)
@@ -199,7 +199,7 @@ def test_optimizer_on_the_host_is_slower_and_sharded_states_are_faster():
 def test_forward_pass_alone_is_the_forward_part_with_its_bubble():
     layout = Layout(pipeline_parallel_size=4)
     update = update_seconds(H100, HEADLESS, layout, BATCHES)
-    alone = forward_seconds(H100, HEADLESS, layout, BATCHES)
+    alone = BATCHES.num_micro_batches * update.forward_alone + update.forward_bubble
     assert alone == pytest.approx(update.forward.total * (1 + 3 / 8) + update.pipeline_parallel / 2, rel=0.02)
 
 
