@@ -117,6 +117,8 @@ def inputs_of(row: Mapping[str, str], *, for_time: bool = False) -> RowInputs:
         flash_attention=recipe.get("flash_attention", True),
         sequence_tokens=_number(row, "seq"),
         fully_sharded=_is_set(row["fsdp"]),
+        # Pretraining cuts its text into sequences of one length.
+        varying_sizes=row["phase"].lower() == "sft" and "expandable_segments" not in row["note"],
         layers=_layers(shape.num_layers, shape.num_mtp_layers, layout),
     )
     return RowInputs(

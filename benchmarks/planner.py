@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.layout_rows import FACTS, GIB, Refusal, RowInputs, inputs_of, read_rows, tidy, without_duplicates
 from benchmarks.planner_time import gpu_of, print_errors, print_time
-from dapo_megatron.layout.memory import reserved_bytes, train_allocated_bytes, with_margin
+from dapo_megatron.layout.memory import reserved_bytes, train_allocated_bytes, train_needed_bytes, with_margin
 
 _FIT = {"SimuMax": "B200", "mbridge": ""}
 """Framework -> the device whose rows the formulas were written with."""
@@ -100,7 +100,7 @@ def score_fit(rows: list[dict[str, str]]) -> FitScore:
         gpu = gpu_of(inputs.gpu)
         if gpu is None:
             continue
-        needed = with_margin(max(train_allocated_bytes(inputs.shape, inputs.layout, inputs.options)), inputs.layout)
+        needed = train_needed_bytes(inputs.shape, inputs.layout, inputs.options)
         if inputs.ran_out_of_memory:
             failed += 1
             fitting += [inputs.row_id] if needed <= gpu.memory_bytes else []

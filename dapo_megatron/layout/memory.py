@@ -36,12 +36,19 @@ NCCL_BYTES_PER_GROUP = GIB // 4
 """Buffers of one NCCL communicator, outside torch's allocator."""
 MARGIN_FRACTION, MARGIN_BYTES = 0.03, 3 * GIB
 """Kept free for what the allocator reserves and has not handed out (fragmentation): a share of what it hands out, and a fixed part."""
+FRAGMENTED_SHARE = 0.35
+"""Of activations, kept free besides where micro-batches differ in size: what one of them frees is too small for the next one. The least that
+refuses the one published layout that is known to have failed so (benchmarks/RESULTS.md); ranks cannot have `expandable_segments`, whose memory
+CUDA does not share with an engine."""
 PROCESS_HOST_BYTES = 6 * GIB
 """Host memory of one rank's process: libraries, CUDA's host side, data."""
 
 OUTSIDE, MARGIN = "CUDA context and NCCL", "allocator margin"
 _NOT_FRAGMENTED = frozenset({"engine asleep", "engine weights", "KV cache", "engine context"})
 """What another process holds, in one piece: no share of the margin is for it."""
+_AS_LARGE_AS_A_MICRO_BATCH = frozenset(
+    {"activations: attention", "activations: MLP", "activations: experts", "activations: layer inputs", "backward workspace"}
+)
 
 
 def plan_memory(
@@ -86,6 +93,17 @@ def train_allocated_bytes(shape: ModelShape, layout: Layout, options: MemoryOpti
     return tuple(
         sum(num_bytes for _, num_bytes in _train(shape, layout, options, stage, states[stage], layers[stage]))
         for stage in range(layout.pipeline_parallel_size)
+    )
+
+
+def train_needed_bytes(shape: ModelShape, layout: Layout, options: MemoryOptions = DEFAULT_OPTIONS) -> float:
+    """What the device of the fullest stage must have for training, margin included."""
+    states, layers = stage_states(shape, layout, options), stage_layers(shape, layout, options)
+    stages = [
+        _train(shape, layout, options, stage, states[stage], layers[stage]) for stage in range(layout.pipeline_parallel_size)
+    ]
+    return max(
+        with_margin(sum(num_bytes for _, num_bytes in items), layout) + _fragmented_bytes(items, options) for items in stages
     )
 
 
@@ -141,9 +159,9 @@ def _phases(
     beside = [] if engine is None else [("engine asleep", engine.asleep_bytes)]
     if embedded is not None and layout.embedded is not None and layout.embedded.colocated:
         beside = _embedded_items(embedded, layout.embedded, layout.world_size)
-    outside = _outside(layout)
+    outside, training = _outside(layout), _train(shape, layout, options, stage, states, layers)
     phases = [
-        _phase("train", [*_train(shape, layout, options, stage, states, layers), *beside], outside),
+        _phase("train", [*training, *beside], outside, _fragmented_bytes(training, options)),
         _phase("log_probs", [*_log_probs(shape, layout, options, stage, states, layers), *beside], outside),
     ]
     if embedded is not None and layout.embedded is not None and layout.embedded.colocated:
@@ -186,7 +204,14 @@ def _phases_beside_engine(
     return _phase("rollout", rollout, outside), _phase("sync", sync, outside)
 
 
-def _phase(phase: Phase, items: list[tuple[str, float]], outside: int) -> PhaseMemory:
+def _fragmented_bytes(training: list[tuple[str, float]], options: MemoryOptions) -> float:
+    """On top of the margin of a phase: for what lives from a forward to a backward pass, or within one."""
+    if not options.varying_sizes:
+        return 0.0
+    return FRAGMENTED_SHARE * sum(num_bytes for name, num_bytes in training if name in _AS_LARGE_AS_A_MICRO_BATCH)
+
+
+def _phase(phase: Phase, items: list[tuple[str, float]], outside: int, fragmented: float = 0.0) -> PhaseMemory:
     allocated, found = 0.0, []  # loops, not sums of generators: a plan has tens of thousands of phases
     for name, num_bytes in items:
         if num_bytes:
@@ -194,7 +219,7 @@ def _phase(phase: Phase, items: list[tuple[str, float]], outside: int) -> PhaseM
             if name not in _NOT_FRAGMENTED:
                 allocated += num_bytes
     found.append(MemoryItem(OUTSIDE, outside))
-    found.append(MemoryItem(MARGIN, round(MARGIN_FRACTION * allocated + MARGIN_BYTES)))
+    found.append(MemoryItem(MARGIN, round(MARGIN_FRACTION * allocated + MARGIN_BYTES + fragmented)))
     return PhaseMemory(phase, tuple(found))
 
 

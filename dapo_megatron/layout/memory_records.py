@@ -60,6 +60,8 @@ class MemoryOptions:
     expert_imbalance: float = 1.2
     """Tokens of the busiest expert-parallel rank over the mean. The policy is trained without a balancing loss, so some room is left;
     published pretraining balances, 1."""
+    varying_sizes: bool = True
+    """Micro-batches differ in size, as packs of whole sequences do; published pretraining has one length."""
     weight_bucket_bytes: int = 512 * 2**20
     """Size of one piece of the weight sync."""
     disk_bytes_per_second: float = 2e9

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from plotly.colors import qualitative
 
 from dapo_megatron.layout.layout import Layout
-from dapo_megatron.layout.memory import train_allocated_bytes, with_margin
+from dapo_megatron.layout.memory import train_needed_bytes
 from dapo_megatron.layout.plan import Candidate, Plan, Rejection
 from dapo_megatron.layout.report import KIND_WORDS, PHASE_WORDS, describe, gb, saved, train_peak_bytes
 from dapo_megatron.layout.search import memory_options
@@ -118,7 +118,7 @@ def space_figure(plan: Plan) -> go.Figure:
     model, options = plan.request.model, memory_options(plan.request)
 
     def train_gb(layout: Layout) -> float:
-        return with_margin(max(train_allocated_bytes(model, layout, options)), layout) / 1e9
+        return train_needed_bytes(model, layout, options) / 1e9
 
     for kind, words in KIND_WORDS.items():
         found = [r for r in plan.rejections if r.kind == kind and r.step_seconds is not None]

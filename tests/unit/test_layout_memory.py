@@ -11,7 +11,13 @@ from dapo_megatron.layout.engine_memory import engine_memory, kv_elements_per_to
 from dapo_megatron.layout.fit import reason_not_fitting
 from dapo_megatron.layout.in_flight import passes_in_flight
 from dapo_megatron.layout.layout import FULL_RECOMPUTE, EmbeddedEngine, EngineLayout, Layout, Recompute
-from dapo_megatron.layout.memory import engine_room_bytes, plan_memory, resident_bytes, train_allocated_bytes
+from dapo_megatron.layout.memory import (
+    engine_room_bytes,
+    plan_memory,
+    resident_bytes,
+    train_allocated_bytes,
+    train_needed_bytes,
+)
 from dapo_megatron.layout.memory_records import DEFAULT_OPTIONS, MemoryOptions, Precision
 from dapo_megatron.layout.model_shape import ModelShape
 from dapo_megatron.layout.parameters import num_active_params, num_params
@@ -166,6 +172,19 @@ def test_whole_logits_take_what_the_issue_trackers_report_and_chunks_do_not():
     assert long.bytes_of("LM head and loss") < 6 * 20480 * 151936 / 4
 
 
+def test_packs_of_varying_sizes_need_a_larger_margin_in_training_the_more_is_kept():
+    def margin(layout: Layout, **changes: bool) -> tuple[int, ...]:
+        plan = plan_memory(QWEN_32B, layout, H100, MemoryOptions(**changes))
+        return tuple(phase.bytes_of("allocator margin") for phase in plan.stages[0].phases)
+
+    (train, log_probs), (of_one_size, alone) = margin(EIGHT_WAY), margin(EIGHT_WAY, varying_sizes=False)
+    phase = plan_memory(QWEN_32B, EIGHT_WAY, H100).stages[0].phases[0]
+    kept = sum(item.num_bytes for item in phase.items if item.name.startswith("activations") or item.name == "backward workspace")
+    assert train - of_one_size == pytest.approx(0.35 * kept, abs=10) and log_probs == alone
+    assert margin(replace(EIGHT_WAY, recompute=FULL_RECOMPUTE))[0] - of_one_size < 0
+    assert train_needed_bytes(QWEN_32B, EIGHT_WAY) == pytest.approx(phase.total_bytes, abs=10)
+
+
 def test_items_add_up_and_margin_is_among_them():
     engine = EngineLayout(tensor_parallel_size=4, num_engines=32, mem_fraction_static=0.5)
     plan = plan_memory(QWEN_32B, replace(EIGHT_WAY, engine=engine, swap_optimizer=True, swap_parameters=True), H100)
@@ -275,7 +294,10 @@ def test_reason_names_stage_items_and_a_remedy():
     [
         (Layout(use_distributed_optimizer=False), "share out the optimizer state"),
         (Layout(data_parallel_size=64), "over more ranks than TP1 x PP1"),
-        (replace(EIGHT_WAY, engine=EngineLayout(mem_fraction_static=0.95)), "swap weights and optimizer state out"),
+        (
+            replace(EIGHT_WAY, recompute=FULL_RECOMPUTE, engine=EngineLayout(mem_fraction_static=0.95)),
+            "swap weights and optimizer state out",
+        ),
     ],
 )
 def test_remedy_fits_what_is_largest(layout, words):

@@ -133,7 +133,8 @@ def test_embedding_and_loss_count_as_layers_where_that_makes_chunks_equal():
 def test_rows_that_nothing_was_fitted_to():
     """Megatron Bridge, Megatron MoE Model Zoo and issues: FLOPs as published and memory near.
 
-    Of what ran out of memory, O1 did so by fragmentation alone: the same layout runs with expandable segments, at 59 GB.
+    Of what ran out of memory, O1 did so by fragmentation alone, and the margin for packs of varying sizes is as large as refuses it. O3 is O1 with
+    expandable segments; O4 and O5 are other cuts of it, without: they ran.
     """
     rows = read_rows(HELD_OUT)
     scores, refused = score_memory(rows)
@@ -141,7 +142,8 @@ def test_rows_that_nothing_was_fitted_to():
     flops = [abs(score.error) for score in score_flops(rows)]
     assert len(flops) >= 48 and max(flops) <= 0.01
     fit = score_fit(rows)
-    assert fit.num_out_of_memory == 2 and fit.called_fitting == ["O1"]
+    assert fit.num_out_of_memory == 2 and not fit.called_fitting
+    assert fit.num_ran >= 65 and not {"O3", "O4", "O5"} & set(fit.called_too_large)
 
 
 @pytest.mark.parametrize(
