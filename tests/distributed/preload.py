@@ -1,4 +1,4 @@
-"""Imported once by the fork server: everything a rank needs, and what the files import in which its program stands."""
+"""Imported once by the fork server: everything a rank needs, what the files import in which its program stands, and the command line."""
 
 import gc
 
@@ -13,7 +13,15 @@ import pytest  # noqa: F401
 import torch._dynamo
 
 import checkpoint_tools.cli  # noqa: F401
-import dapo_megatron.actor.worker  # noqa: F401
+import dapo_megatron.actor.replay
+import dapo_megatron.actor.worker
+import dapo_megatron.cli
+import dapo_megatron.eval.measure
+import dapo_megatron.evaluate
+import dapo_megatron.launcher.controller
+import dapo_megatron.launcher.local_backend
+import dapo_megatron.launcher.ray_backend
+import dapo_megatron.rollout.hf_engine  # noqa: F401
 import tests.distributed.programs
 import tests.tiny_models  # noqa: F401
 

@@ -15,8 +15,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.distributed.preload"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.distributed.preload"])
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 90) -> list[Any]:
@@ -28,8 +28,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         init_method = f"file://{Path(folder) / 'rendezvous'}"
         pipes, processes = [], []
         for rank in range(world_size):
-            receiver, sender = _CONTEXT.Pipe(duplex=False)
-            process = _CONTEXT.Process(target=_rank_main, args=(sender, function, rank, init_method, args), daemon=False)
+            receiver, sender = CONTEXT.Pipe(duplex=False)
+            process = CONTEXT.Process(target=_rank_main, args=(sender, function, rank, init_method, args), daemon=False)
             process.start()
             sender.close()
             pipes.append(receiver)

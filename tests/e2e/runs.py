@@ -7,23 +7,50 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+from tests.e2e.forked import Forked
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 QUICKSTART = REPOSITORY / "configs" / "quickstart.yaml"
 NOT_COMPARED = ("time/", "throughput/", "checkpoint/", "eval/")
 
 
-def command(folder: Path, *overrides: str, name: str = "run") -> list[str]:
-    """The quick start; it is run in `folder`, where its assets then lie too."""
-    return [sys.executable, "-m", "dapo_megatron", "train", str(QUICKSTART), "--run.dir", str(folder / name), *overrides]
+@dataclass(frozen=True)
+class Done:
+    """A process that has ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def train(folder: Path, *overrides: str, name: str = "run") -> subprocess.CompletedProcess[str]:
+def quickstart(folder: Path, *overrides: str, name: str = "run") -> list[str]:
+    """Arguments of a run of the quick start, for a process in `folder`, where its assets then lie too."""
+    return ["train", str(QUICKSTART), "--run.dir", str(folder / name), *overrides]
+
+
+def train(folder: Path, *overrides: str, name: str = "run") -> Done:
     """The run to its end."""
+    return run(folder, *quickstart(folder, *overrides, name=name))
+
+
+def run(folder: Path, *arguments: str, module: str = "dapo_megatron", seconds: float = 280) -> Done:
+    """A command to its end, in `folder`; it is given so many seconds."""
+    with TemporaryDirectory() as place:
+        output, errors = Path(place, "output"), Path(place, "errors")
+        with Forked(arguments, folder, output, errors, module=module) as process:
+            code = process.wait(seconds)
+        return Done(code, output.read_text(), errors.read_text())
+
+
+def run_as_users_do(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The same in a process that is started as one of a shell is."""
     return subprocess.run(
-        command(folder, *overrides, name=name), cwd=folder, capture_output=True, text=True, timeout=280, check=False
+        [sys.executable, "-m", "dapo_megatron", *arguments], cwd=folder, capture_output=True, text=True, timeout=280, check=False
     )
 
 

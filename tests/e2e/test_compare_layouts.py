@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 
 from dapo_megatron.launcher.recorded_batch import record
 from dapo_megatron.types import OptimizerStepBatch, TrainBatch, TrainSample
+from tests.e2e.runs import run
 from tests.published_configs import QWEN3_8B
 
 
@@ -26,13 +25,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compare(config: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
-    done = subprocess.run(
-        [sys.executable, "-m", "dapo_megatron", "compare-layouts", str(config), "--json", "--shrink", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    done = run(config.parent, "compare-layouts", str(config), "--json", "--shrink", *arguments, seconds=200)
     assert done.returncode in (0, 1) and done.stdout, done.stderr
     return done.returncode, json.loads(done.stdout)
 

@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.runs import rows
+from tests.e2e.forked import Forked
+from tests.e2e.runs import rows, run, run_as_users_do
 
 pytestmark = pytest.mark.timeout(300)
-
-
-def command(name: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "dapo_megatron", name, *arguments]
-
-
-def run(folder: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(name, *arguments), cwd=folder, capture_output=True, text=True, timeout=280, check=False)
 
 
 def lines(file: Path) -> list[str]:
@@ -37,13 +27,12 @@ def test_a_run_is_evaluated_at_its_interval(whole_run: Path):
 
 def test_a_killed_evaluation_goes_on_and_finds_what_the_run_found(folder: Path, whole_run: Path):
     out = whole_run / "evaluations" / "step_000030_max_of_two.heldout"
-    with subprocess.Popen(
-        command("evaluate", "whole", "--rollout.engine.max_batch_size", "2"), cwd=folder, stdout=subprocess.DEVNULL
-    ) as process:
+    few = ("--rollout.engine.max_batch_size", "2")
+    with Forked(("evaluate", "whole", *few), folder, folder / "killed_evaluation.out") as process:
         deadline = time.monotonic() + 200
         while len(lines(out / "problems.jsonl")) < 3 and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
+        process.kill()
     before = lines(out / "problems.jsonl")
     assert 3 <= len(before) < 20 and not (out / "summary.json").exists()
 
@@ -68,7 +57,7 @@ def test_a_killed_evaluation_goes_on_and_finds_what_the_run_found(folder: Path, 
 
 
 def test_an_hf_directory_is_read_by_the_engines_themselves(folder: Path, whole_run: Path):
-    done = run(
+    done = run_as_users_do(
         folder,
         *("evaluate", "runs/quickstart-assets/model", "--data", "runs/quickstart-assets/max_of_two.heldout.jsonl"),
         *("--out", "hf", "--samples", "4", "--data.chat_template", "false", "--reward.type", "exact"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from dapo_megatron.launcher.run_folder import read_marker
-from tests.e2e.runs import command, kill_one, processes_of, rows, train, training_rows
+from tests.e2e.forked import Forked
+from tests.e2e.runs import kill_one, processes_of, quickstart, rows, train, training_rows
 
 pytestmark = pytest.mark.timeout(600)  # starting the run they share counts for whoever comes first
 
@@ -31,7 +31,7 @@ LATEST_SECONDS = 0.2
 """A kill comes so long after the beginning of its phase, at most: some fall into the phase after it."""
 
 
-def wait_for(run: Path, process: subprocess.Popen[str], rollout_step: int, phase: str, not_attempt: float = 0.0) -> float:
+def wait_for(run: Path, process: Forked, rollout_step: int, phase: str, not_attempt: float = 0.0) -> float:
     """Until another attempt than that is in that phase of that rollout step, or behind it. Returns which attempt."""
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and process.poll() is None:
@@ -45,21 +45,16 @@ def wait_for(run: Path, process: subprocess.Popen[str], rollout_step: int, phase
 
 
 @contextmanager
-def started(folder: Path, name: str, *overrides: str) -> Iterator[subprocess.Popen[str]]:
-    """With a checkpoint of every step."""
-    with (folder / f"{name}.out").open("w") as output:
-        process = subprocess.Popen(
-            command(folder, *STEPS, "--checkpoint.every", "1", *overrides, name=name),
-            cwd=folder,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+def started(folder: Path, name: str, *overrides: str) -> Iterator[Forked]:
+    """With a checkpoint of every step; killed at the end."""
+    output = folder / f"{name}.out"
+    output.unlink(missing_ok=True)
+    arguments = quickstart(folder, *STEPS, "--checkpoint.every", "1", *overrides, name=name)
+    with Forked(arguments, folder, output) as process:
         try:
             yield process
         finally:
             process.kill()
-            process.wait()
 
 
 def assert_same_end(run: Path, whole: Path) -> None:

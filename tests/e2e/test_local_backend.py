@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.runs import rows, train, training_rows
+from tests.e2e.runs import rows, run, train, training_rows
 
 pytestmark = pytest.mark.timeout(300)  # starting the run they share counts for whoever comes first
 LOCAL = ("--cluster.backend", "local", "--actor.tensor_parallel_size", "1")
@@ -41,13 +39,6 @@ def test_a_run_whose_memory_is_given_up_while_the_engine_generates_has_the_same_
 
 
 def test_an_evaluation_in_one_process_finds_what_the_run_found(folder: Path, local_run: Path):
-    done = subprocess.run(
-        [sys.executable, "-m", "dapo_megatron", "evaluate", str(local_run), "--cluster.backend", "local"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    done = run(folder, "evaluate", str(local_run), "--cluster.backend", "local", seconds=200)
     assert done.returncode == 0, done.stderr
     assert f"{rows(local_run)[-1]['eval/accuracy']:.3f}" in done.stdout

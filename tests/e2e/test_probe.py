@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.e2e.runs import run
 from tests.published_configs import QWEN3_8B
 
 
@@ -17,21 +16,9 @@ def test_layouts_are_ranked_by_what_their_ranks_measured(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_8B))
     file = tmp_path / "run.yaml"
     file.write_text(f"model: {{path: {tmp_path}}}\ndata: {{path: unused}}\nrun: {{dir: {tmp_path / 'run'}}}\n")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "dapo_megatron", "probe", str(file), "--json", "--shrink"),
-            *(
-                "--layout",
-                "max_tokens_per_micro_batch=24576",
-                "--layout",
-                "pipeline_parallel_size=2,virtual_pipeline_size=2,num_ranks=2",
-            ),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    layouts = ("max_tokens_per_micro_batch=24576", "pipeline_parallel_size=2,virtual_pipeline_size=2,num_ranks=2")
+    given = (part for layout in layouts for part in ("--layout", layout))
+    done = run(tmp_path, "probe", str(file), "--json", "--shrink", *given, seconds=200)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["shrunk"]
@@ -39,7 +26,7 @@ def test_layouts_are_ranked_by_what_their_ranks_measured(tmp_path: Path):
         layout["train_seconds"] for layout in report["layouts"]
     )
     found = {layout["layout"]["name"]: layout for layout in report["layouts"]}
-    assert set(found) == {"max_tokens_per_micro_batch=24576", "pipeline_parallel_size=2,virtual_pipeline_size=2,num_ranks=2"}
+    assert set(found) == set(layouts)
     for layout in found.values():
         assert layout["measured"]["seconds_per_micro_batch"] > 0 and layout["measured"]["log_prob_seconds_per_micro_batch"] > 0
         assert layout["measured"]["peak_device_bytes"] is None

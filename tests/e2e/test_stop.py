@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 import pytest
 
 from dapo_megatron.launcher.run_folder import RunFolder
-from tests.e2e.runs import REPOSITORY, descendants, processes_of, rows, training_rows
+from tests.e2e.runs import descendants, processes_of, rows, run, training_rows
 from tests.e2e.test_exact_resume import assert_same_end, started, wait_for
 
 pytestmark = pytest.mark.timeout(300)
@@ -24,14 +22,7 @@ restart."""
 
 
 def run_and_stop(folder: Path, name: str, *stops: str) -> list[int]:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.e2e.stopping", str(folder), name, *stops],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    done = run(folder, str(folder), name, *stops, module="tests.e2e.stopping", seconds=200)
     assert done.returncode == 0, done.stdout + done.stderr
     return [int(code) for code in re.findall(r"exit code (\d+)", done.stdout)]
 
