@@ -20,7 +20,7 @@ import dapo_megatron.eval.measure
 import dapo_megatron.evaluate
 import dapo_megatron.launcher.controller
 import dapo_megatron.launcher.local_backend
-import dapo_megatron.launcher.ray_backend
+import dapo_megatron.launcher.ray.backend
 import dapo_megatron.rollout.hf_engine  # noqa: F401
 import tests.distributed.programs
 import tests.tiny_models  # noqa: F401

@@ -1,4 +1,4 @@
-"""Real SGLang servers, shared by all tests: a start costs 40 seconds of CPU.
+"""Real SGLang servers, shared by all tests: a start costs 15 seconds of CPU.
 
 The pair is started once; a test that kills one of it or changes its weights leaves that to the next one's fixture to mend.
 """

@@ -4,7 +4,7 @@ Three parts, none of which is in the way of a server on GPUs:
 
 * `cpu_arguments` and `cpu_environment`: what the server of one engine is started with.
 * `stand_in/`, on the server's PYTHONPATH only there: `common_ops`, which the loader of sglang-kernel asks for where its CUDA libraries
-  cannot be loaded, and for which an empty module is enough; `flashinfer`, which cannot be imported, and so is not.
+  cannot be loaded, and for which an empty module is enough; `flashinfer` and `megatron`, which cannot be imported, and so are not.
 * `plugin.register`, found by SGLang through the entry point group `sglang.srt.plugins`: does nothing unless the server was
   started with SGLANG_USE_CPU_ENGINE=1 on a machine without CUDA.
 

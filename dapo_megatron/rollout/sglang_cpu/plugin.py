@@ -1,7 +1,11 @@
-"""Entry point `sglang.srt.plugins`: hooks for three calls of SGLang 0.5.23 that need a CUDA driver. Runs in its processes only."""
+"""Entry point `sglang.srt.plugins`: hooks for calls of SGLang 0.5.23 that need a CUDA driver, or are slow for the sake of one.
+
+Runs in its processes only.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,9 +20,26 @@ def register() -> None:
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    for launch in ("_launch_scheduler_processes", "_launch_detokenizer_subprocesses"):
+        HookRegistry.register(f"sglang.srt.entrypoints.engine.Engine.{launch}", _with_forks, HookType.AROUND)
     HookRegistry.register("torch.get_device_module", _get_device_module, HookType.AROUND)
     HookRegistry.register("sglang.srt.utils.weight_checker_comparator.RawComparable.iter_chunks", _iter_chunks, HookType.REPLACE)
     HookRegistry.register("sglang.srt.mem_cache.pool_host.common._cuda_host_register", _register_nothing, HookType.REPLACE)
+
+
+def _with_forks(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Ranks and detokenizer are forked: this process has imported all that they need, and has no CUDA context to lose.
+
+    A process of several threads may hold a lock that its child would wait for; there it stays with upstream's spawn.
+    """
+    if len(os.listdir("/proc/self/task")) > 1:
+        return original(*args, **kwargs)
+    method = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("fork", force=True)
+    try:
+        return original(*args, **kwargs)
+    finally:
+        multiprocessing.set_start_method(method, force=True)
 
 
 def _get_device_module(original: Callable[..., Any], device: Any = None) -> Any:
