@@ -21,7 +21,7 @@ from dapo_megatron.layout.calibration import calibrated, calibration_of
 from dapo_megatron.layout.explain import cut_matching, matching, parse_sizes
 from dapo_megatron.layout.from_config import dtypes_of, gpu_of, layout_of, num_rollout_gpus, workload_of
 from dapo_megatron.layout.from_config import request_of as config_request
-from dapo_megatron.layout.hardware import Gpu, gpu_named, known_gpus, read_gpus
+from dapo_megatron.layout.hardware import Gpu, known_gpus, read_gpus
 from dapo_megatron.layout.model_shape import ModelShape
 from dapo_megatron.layout.plan import Candidate, Plan, PlanRequest
 from dapo_megatron.layout.report import (
@@ -46,6 +46,8 @@ GPUS_PER_NODE = 8
 """Where neither the command line nor the configuration says."""
 NUM_EXPLAINED = 10
 """Rejections shown for one --explain."""
+_CONFIG_FILE = "config.json"
+"""Of an HF directory the model's, of a run folder the run's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +124,8 @@ def read_planned(files: Sequence[Path], overrides: Sequence[str], options: Seque
             "CONFIG, HF_DIR or config.json is missing: say first what to plan, e.g. `dapo-megatron plan configs/run.yaml`."
         )
     first, *others = files
+    if first.is_dir() and not (first / _CONFIG_FILE).is_file():
+        raise ConfigError(f"{first} holds no {_CONFIG_FILE}: it must be an HF directory or a run folder; give one of them.")
     if first.is_dir() or first.suffix == ".json":
         content = read_hf_config(first) if first.is_dir() else _read_json(first)
         if "model_type" in content:
@@ -232,20 +236,12 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _gpu(command: PlanCommand, config: Config | None) -> Gpu:
-    file = _gpu_file(command, config)
-    own = {} if file is None else read_gpus(file)
-    configured_name = None if config is None or config.cluster.gpu is None else config.cluster.gpu.lower()
-    if command.gpu is not None:
-        return gpu_named(command.gpu, own)
-    if configured_name in own:
-        return own[configured_name]
-    if command.gpu_file is not None and len(own) == 1:
-        return next(iter(own.values()))
-    configured = None if config is None else gpu_of(config)
-    if configured is not None:
-        return configured
-    where = "" if config is None else " or cluster.gpu in the configuration"
-    raise ConfigError(f"--gpu is missing: say which GPU, {', '.join({**known_gpus(), **own})}{where}.")
+    gpu = gpu_of(config, command.gpu, command.gpu_file)
+    if gpu is None:
+        own = {} if command.gpu_file is None else read_gpus(command.gpu_file)
+        where = "" if config is None else " or cluster.gpu in the configuration"
+        raise ConfigError(f"--gpu is missing: say which GPU, {', '.join({**known_gpus(), **own})}{where}.")
+    return gpu
 
 
 def _gpu_file(command: PlanCommand, config: Config | None) -> Path | None:
@@ -286,9 +282,11 @@ def _length_problems(workload: Workload, planned: Planned) -> list[str]:
 
 def _calibrated(request: PlanRequest, run_dir: Path) -> PlanRequest:
     """With what the steps of a run say, compared with the plan of that run's own model, devices, layout and batch."""
+    if not (run_dir / _CONFIG_FILE).is_file():
+        raise ConfigError(f"--calibrate ({run_dir}) must be the folder of a run, and holds no {_CONFIG_FILE}; give a run.dir.")
     past = read_planned([run_dir], [])
     if past.config is None:
-        raise ConfigError(f"--calibrate ({run_dir}) must be the folder of a run; give a run.dir.")
+        raise ConfigError(f"--calibrate ({run_dir}) must be the folder of a run, not of a model; give a run.dir.")
     own = replace(
         config_request(past.config, past.hf_config, gpu_of(past.config) or request.gpu), gpus_per_node=request.gpus_per_node
     )

@@ -223,6 +223,10 @@ class ActorConfig(Section):
         return self.world_size // self.model_parallel_size
 
 
+HF_PREFILL_TOKENS = 16384
+"""Padded prompt tokens of one forward pass of an embedded engine, where more than one prompt enters."""
+
+
 class HfEngineConfig(Section):
     """Embedded engine: a transformers model with continuous batching. For one machine, CPU or GPU."""
 

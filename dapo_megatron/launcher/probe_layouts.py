@@ -9,8 +9,7 @@ from dapo_megatron.config.schema import Config
 from dapo_megatron.launcher.compare_layouts import split_overrides
 from dapo_megatron.launcher.probe import PlannedLayout
 from dapo_megatron.launcher.probe_batch import ProbeLengths
-from dapo_megatron.layout.from_config import gpu_of, own_gpus, request_of, workload_of
-from dapo_megatron.layout.hardware import gpu_named
+from dapo_megatron.layout.from_config import gpu_of, request_of, workload_of
 from dapo_megatron.layout.plan import Candidate
 from dapo_megatron.layout.report import best_of_cuts, describe
 from dapo_megatron.layout.report_yaml import actor_overrides
@@ -25,7 +24,7 @@ def given_layouts(values: Sequence[str]) -> list[PlannedLayout]:
 
 def planned_layouts(config: Config, gpu: str | None, top: int) -> list[PlannedLayout]:
     """The best of the `top` best cuts of the model over the ranks of this run. ConfigError without a GPU, or when none fits."""
-    kind = gpu_of(config) if gpu is None else gpu_named(gpu, own_gpus(config))
+    kind = gpu_of(config, gpu)
     if kind is None:
         raise ConfigError(
             "--gpu is missing: a plan chooses what to probe, and needs it or cluster.gpu; or name layouts yourself with --layout."

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dapo_megatron.config.schema import HF_PREFILL_TOKENS
 from dapo_megatron.layout.layout import EmbeddedEngine
 from dapo_megatron.layout.model_shape import LatentAttention, ModelShape
 from dapo_megatron.layout.parameters import num_params
 
-_PREFILL_TOKENS = 16384
-"""Padded prompt tokens of one forward pass (`rollout/decoding.py`)."""
 _LOGITS_COPIES = 3
 """fp32 matrices of the whole vocabulary while a token is drawn: logits, probabilities, their running sum."""
 
@@ -33,7 +32,7 @@ def embedded_memory(shape: ModelShape, engine: EmbeddedEngine) -> EmbeddedMemory
     return EmbeddedMemory(
         weight_bytes=width * num_params(shape),
         cache_bytes=width * engine.num_rows * engine.max_sequence_tokens * _cache_elements(shape),
-        workspace_bytes=width * _PREFILL_TOKENS * (3 * shape.hidden_size + mlp)
+        workspace_bytes=width * HF_PREFILL_TOKENS * (3 * shape.hidden_size + mlp)
         + _LOGITS_COPIES * 4 * engine.num_rows * shape.vocab_size,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from dapo_megatron.config.schema import ActorConfig, Config, HfEngineConfig, SglangEngineConfig
@@ -93,24 +94,24 @@ def dtypes_of(config: Config) -> dict[str, Any]:
     return {"dtype": config.model.dtype, "engine_dtype": engine.dtype if isinstance(engine, SglangEngineConfig) else "bf16"}
 
 
-def own_gpus(config: Config) -> dict[str, Gpu]:
-    """The entries of `cluster.gpu_file`; none without one. ConfigError for a file that cannot be used."""
-    return {} if config.cluster.gpu_file is None else read_gpus(config.cluster.gpu_file)
+def gpu_of(config: Config | None, name: str | None = None, file: Path | None = None) -> Gpu | None:
+    """The device of a run; None where nothing names one. `name` and `file` are of a command line (--gpu, --gpu-file) and win.
 
-
-def gpu_of(config: Config) -> Gpu | None:
-    """The device that `cluster.gpu` names, or the only one of `cluster.gpu_file`; None where neither is given. ConfigError for an
-    unknown name.
+    It is the one that --gpu names, else `cluster.gpu`, else the only entry of the file. The only entry of --gpu-file also wins over a
+    `cluster.gpu` that is not in it. ConfigError for an unknown name and a file that cannot be used.
     """
-    own = own_gpus(config)
-    if config.cluster.gpu is None:
-        if len(own) > 1:
-            raise ConfigError(
-                f"cluster.gpu is missing: cluster.gpu_file ({config.cluster.gpu_file}) has {', '.join(own)}; name one."
-            )
-        return next(iter(own.values()), None)
+    configured, configured_file = (None, None) if config is None else (config.cluster.gpu, config.cluster.gpu_file)
+    chosen = file or configured_file
+    own = {} if chosen is None else read_gpus(chosen)
+    if name is not None:
+        return gpu_named(name, own)
+    sole = next(iter(own.values())) if len(own) == 1 else None
+    if configured is None or (file is not None and sole is not None and configured.lower() not in own):
+        if len(own) > 1 and file is None:
+            raise ConfigError(f"cluster.gpu is missing: cluster.gpu_file ({chosen}) has {', '.join(own)}; name one.")
+        return sole
     try:
-        return gpu_named(config.cluster.gpu, own)
+        return gpu_named(configured, own)
     except ConfigError as error:
         words = (problem.replace("--gpu ", "cluster.gpu ", 1) for problem in error.problems)
         raise ConfigError([problem.replace("given with --gpu-file", "named by cluster.gpu_file") for problem in words]) from None

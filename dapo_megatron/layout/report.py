@@ -32,7 +32,7 @@ KIND_WORDS: dict[RejectionKind, str] = {
 UNRUNNABLE = "*"
 """Marks a layout that --all lets in."""
 NARROWEST = 116
-"""Characters that the table of layouts needs: a narrower terminal breaks its lines, a pipe gets all of it."""
+"""Characters that the whole table of layouts needs: a narrower terminal gets fewer columns, a pipe all of them."""
 NUM_REASONS = 2
 """Examples per kind of rejection."""
 
@@ -44,7 +44,10 @@ def print_plan(plan: Plan, top: int, console: Console) -> None:
         say(console, f"note: {note}", style="dim")
     if plan.candidates:
         best = best_of_cuts(plan.candidates)[:top]
-        console.print(_table(plan, best))
+        is_wide = console.width >= NARROWEST
+        console.print(_table(plan, best, is_wide))
+        if not is_wide:
+            say(console, f"a terminal of {NARROWEST} characters shows engines, phases, rate and MFU too", style="dim")
         if any(release_problem(candidate.layout) for candidate in best):
             say(console, f"{UNRUNNABLE} this version cannot run it", style="yellow")
         say(console, "limited by", style="dim")
@@ -101,9 +104,9 @@ def print_rejections(rejections: Sequence[Rejection], console: Console) -> None:
 
 
 def wide_console() -> Console:
-    """Standard output with room for a table of layouts."""
+    """Standard output; what is no terminal has room for the table of layouts."""
     console = Console()
-    return console if console.width >= NARROWEST else Console(width=NARROWEST)
+    return console if console.is_terminal or console.width >= NARROWEST else Console(width=NARROWEST)
 
 
 def say(console: Console, text: str, style: str | None = None, *, indent: int = 0) -> None:
@@ -171,14 +174,14 @@ def kinds(plan: Plan) -> dict[RejectionKind, int]:
     return dict(counts.most_common())
 
 
-def _table(plan: Plan, best: Sequence[Candidate]) -> Table:
-    numbers = ("train GB", "step s", "rollout", "train", "tok/s", "MFU")
+def _table(plan: Plan, best: Sequence[Candidate], is_wide: bool) -> Table:
+    numbers = ("train GB", "step s", "rollout", "train", "tok/s", "MFU") if is_wide else ("train GB", "step s")
     table = Table(
         "",
         Column("layout", min_width=18),
         Column("tokens", justify="right", no_wrap=True),
         Column("recompute", overflow="fold", min_width=16),
-        Column("engines", no_wrap=True),
+        *([Column("engines", no_wrap=True)] if is_wide else []),
         *(Column(name, justify="right", no_wrap=True, min_width=len(name)) for name in numbers),
         title=f"{len(plan.candidates):,} of {plan.num_enumerated:,} layouts fit and are in the running; the best of each cut of the model",
         box=SIMPLE_HEAD,
@@ -187,18 +190,17 @@ def _table(plan: Plan, best: Sequence[Candidate]) -> Table:
     for place, candidate in enumerate(best, 1):
         layout, time = candidate.layout, candidate.time
         train = time.phase_seconds("train") + time.phase_seconds("log_probs")
+        engines = "" if layout.engine is None else f"{layout.engine.num_engines} x TP{layout.engine.tensor_parallel_size}"
+        rates = f"{time.phase_seconds('rollout'):.0f}", f"{train:.0f}", f"{time.tokens_per_gpu_second:.0f}", f"{time.mfu:.0%}"
         table.add_row(
             str(place),
             str(layout) + (f" {UNRUNNABLE}" if release_problem(layout) else ""),
             str(layout.max_tokens_per_micro_batch),
             saved(layout),
-            "" if layout.engine is None else f"{layout.engine.num_engines} x TP{layout.engine.tensor_parallel_size}",
+            *([engines] if is_wide else []),
             gb(train_peak_bytes(candidate)),
             f"{time.step_seconds:.0f}",
-            f"{time.phase_seconds('rollout'):.0f}",
-            f"{train:.0f}",
-            f"{time.tokens_per_gpu_second:.0f}",
-            f"{time.mfu:.0%}",
+            *(rates if is_wide else ()),
             style="bold" if place == 1 else None,
         )
     return table

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
+from dapo_megatron.config.schema import HF_PREFILL_TOKENS
 from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult
 from dapo_megatron.rollout.kv_cache import RowCache
 from dapo_megatron.rollout.row_table import RowTable
@@ -23,7 +24,6 @@ from dapo_megatron.rollout.sampling import RowParams, draw
 from dapo_megatron.types import EngineError, FinishReason, Sample
 
 _FIRST_CAPACITY = 512
-_MAX_PREFILL_TOKENS = 16384
 
 
 _UNSTARTED = Sample(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int32), "abort", "")
@@ -172,7 +172,7 @@ class Decoding:
         longest = 0
         while self._waiting and self._waiting[0].num_samples <= num_free:
             longest = max(longest, len(self._waiting[0].token_ids))
-            if admissions and longest * (len(admissions) + 1) > _MAX_PREFILL_TOKENS:
+            if admissions and longest * (len(admissions) + 1) > HF_PREFILL_TOKENS:
                 break
             num_free -= self._waiting[0].num_samples
             admissions.append(self._waiting.popleft())

@@ -22,6 +22,7 @@ from dapo_megatron.layout.hardware import gpu_named
 from dapo_megatron.layout.layout import EmbeddedEngine, EngineLayout, Layout, Recompute
 from dapo_megatron.layout.memory import plan_memory
 from dapo_megatron.layout.plan import Candidate, PlanRequest
+from dapo_megatron.layout.report import print_plan
 from dapo_megatron.layout.report_figures import wrapped
 from dapo_megatron.layout.report_yaml import actor_overrides, settings_of, yaml_of
 from dapo_megatron.layout.search import evaluate, memory_options, plan
@@ -225,6 +226,36 @@ def test_gpu_of_a_file_stands_in_a_configuration(tmp_path: Path):
     assert asked is not None
     cluster = settings_of(LAYOUTS[0], request_of(named, QWEN2_5_32B, asked))["cluster"]
     assert (cluster["gpu"], cluster["gpu_file"]) == ("tiny", str(file))
+
+
+def test_gpu_of_a_command_line_wins_over_that_of_the_configuration(tmp_path: Path):
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text(OWN_GPUS)
+    two.write_text(OWN_GPUS + OWN_GPUS.replace("tiny", "other").replace("Tiny", "Other"))
+    config = config_of({"cluster": {"gpu": "other", "gpu_file": two}})
+
+    def name_of(*arguments: Any) -> str | None:
+        gpu = gpu_of(*arguments)
+        return gpu and gpu.name
+
+    assert name_of(config) == "Other card"
+    assert name_of(config, "tiny") == "Tiny card" and name_of(config, "h200") == "H200 SXM 141 GB"
+    assert (
+        name_of(config, None, one) == "Tiny card" and name_of(config_of({"cluster": {"gpu": "h200"}}), None, one) == "Tiny card"
+    )
+    assert name_of(None, None, one) == "Tiny card" and name_of(None, None, two) is None and name_of(None) is None
+
+
+def test_narrow_terminal_gets_a_table_that_it_can_show():
+    found = plan(replace(request(), num_gpus=64))
+    for width, columns in ((80, ("layout", "recompute", "train GB", "step s")), (120, ("engines", "rollout", "tok/s", "MFU"))):
+        console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True)
+        print_plan(found, 5, console)
+        lines = console.export_text().splitlines()
+        header = next(line for line in lines if "train GB" in line)
+        assert all(name in header for name in columns) and max(map(len, lines)) <= width
+        assert any(line.startswith(" 1  ") for line in lines)
+    assert "MFU" in header
 
 
 @pytest.mark.parametrize(

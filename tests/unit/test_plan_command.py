@@ -214,8 +214,9 @@ def test_measured_steps_of_a_run_correct_times_and_lengths(monkeypatch, capsys, 
 
 
 def test_calibration_by_what_is_no_run_is_refused(monkeypatch, capsys, model, run_file, past_run):
-    assert call(monkeypatch, run_file, *SMALL, "--calibrate", model) == 2
-    assert "must be the folder of a run" in capsys.readouterr().err
+    for path in (model, past_run / "missing", run_file.parent):
+        assert call(monkeypatch, run_file, *SMALL, "--calibrate", path) == 2
+        assert f"--calibrate ({path}) must be the folder of a run" in capsys.readouterr().err
     (past_run / "metrics.jsonl").unlink()
     assert call(monkeypatch, run_file, *SMALL, "--calibrate", past_run) == 2
     assert "holds no metrics.jsonl" in capsys.readouterr().err
@@ -315,8 +316,9 @@ def test_model_without_what_is_needed_is_refused(monkeypatch, capsys, tmp_path, 
 
 def test_path_that_is_nothing_is_refused(monkeypatch, capsys, tmp_path):
     assert call(monkeypatch, tmp_path / "missing.json", *SMALL) == 2
+    assert "missing.json cannot be read" in capsys.readouterr().err
     assert call(monkeypatch, tmp_path, *SMALL) == 2
-    assert "cannot be read" in (error := capsys.readouterr().err) and "config.json" in error
+    assert f"{tmp_path} holds no config.json: it must be an HF directory or a run folder" in capsys.readouterr().err
 
 
 def test_help_teaches_by_examples(monkeypatch, capsys):
