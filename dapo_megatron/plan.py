@@ -28,13 +28,13 @@ from dapo_megatron.layout.report import (
     best_of_cuts,
     gb,
     nearest_first,
+    plan_console,
     print_candidate,
     print_plan,
     print_rejections,
     print_settings,
     say,
     train_peak_bytes,
-    wide_console,
 )
 from dapo_megatron.layout.report_yaml import settings_of, yaml_of
 from dapo_megatron.layout.search import plan
@@ -88,7 +88,7 @@ class Planned:
 
 def run(command: PlanCommand) -> int:
     """Returns the exit code: 0 when a layout fits, 1 when none does. Raises ConfigError for input that cannot be planned."""
-    console = wide_console()
+    console = plan_console()
     wanted = None if command.explain is None else parse_sizes(command.explain)
     planned = read_planned(command.files, command.overrides, command.options)
     request = request_of(command, planned)

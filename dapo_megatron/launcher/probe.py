@@ -232,10 +232,11 @@ def _print(found: Sequence[ProbedLayout], hf_config: dict, shrunk: bool, console
         name = probed.layout.name + (" (noisy)" if probed.measured.noisy else "")
         table.add_row(str(place), name, *(row[index] for index in shown))
     console.print(table)
+    of_memory = "; GB: allocated by torch at the peak" if any(row[-1] for row in rows) else ""
     say(
         console,
-        "training s: of one rollout step, from the fixed part of an optimizer step, its micro-batches and their old log-probs; GB: allocated "
-        "by torch at the peak",
+        "training s: of one rollout step, from the fixed part of an optimizer step, its micro-batches and their old log-probs"
+        + of_memory,
         style="dim",
     )
     if any(probed.measured.noisy for probed in found):

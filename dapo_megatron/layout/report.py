@@ -103,10 +103,16 @@ def print_rejections(rejections: Sequence[Rejection], console: Console) -> None:
         say(console, f"{describe(rejection.layout)}: {rejection.reason}", style="yellow")
 
 
-def wide_console() -> Console:
-    """Standard output; what is no terminal has room for the table of layouts."""
+def plan_console() -> Console:
+    """Standard output for `print_plan`, which fits itself to a terminal; anything else gets the whole table."""
     console = Console()
-    return console if console.is_terminal or console.width >= NARROWEST else Console(width=NARROWEST)
+    return console if console.is_terminal else wide_console()
+
+
+def wide_console() -> Console:
+    """Standard output with room for a table, which a narrower terminal breaks."""
+    console = Console()
+    return console if console.width >= NARROWEST else Console(width=NARROWEST)
 
 
 def say(console: Console, text: str, style: str | None = None, *, indent: int = 0) -> None:
