@@ -3,7 +3,8 @@
     python -m benchmarks.weight_sync --shape smollm2-135m
 
 Ranks and server are real, weights are random; seconds are those of `WeightPusher.push`, hashes compared. The ratio is to a plain copy of
-as many bytes from host memory to host memory, measured in the same process.
+as many bytes from host memory to host memory, measured in the same process. Each version is also sent without the comparison of what was
+gathered with what the ranks hold (`PushRules.check_shards`), in turns.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -58,6 +60,8 @@ COMMON = {
 }
 TRANSPORTS: tuple[Transport, ...] = ("tensor", "distributed", "disk")
 NUM_RANKS = 2
+type Reports = dict[tuple[Transport, bool], list[PushReport]]
+"""By transport and whether shards were checked."""
 
 
 def main(device: Literal["cpu", "cuda"] = "cpu", description: str | None = __doc__) -> None:
@@ -67,6 +71,7 @@ def main(device: Literal["cpu", "cuda"] = "cpu", description: str | None = __doc
     parser.add_argument("--bucket-mib", type=int, default=128)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--no-hashes", action="store_true", help="do not compare what the server holds")
+    parser.add_argument("--transports", nargs="+", choices=TRANSPORTS, default=TRANSPORTS)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -88,7 +93,7 @@ def main(device: Literal["cpu", "cuda"] = "cpu", description: str | None = __doc
         server = SglangServer(spec, folder / "server.log")
         try:
             endpoint = replace(server.start(600), gpu_ids=spec.gpu_ids or ())
-            reports = _push(folder, endpoint, rules, arguments.repetitions)
+            reports = _push(folder, endpoint, rules, arguments.transports, arguments.repetitions)
         finally:
             server.stop()
     first = next(iter(reports.values()))[0]
@@ -98,21 +103,26 @@ def main(device: Literal["cpu", "cuda"] = "cpu", description: str | None = __doc
     print(
         f"{first.num_bytes / 1e9:.3f} GB, memcpy {first.memcpy_seconds:.3f} s ({first.num_bytes / first.memcpy_seconds / 1e9:.1f} GB/s)"
     )
-    for transport, of_transport in reports.items():
+    for (transport, checks_shards), of_transport in reports.items():
         seconds = sorted(report.seconds for report in of_transport)
         median = statistics.median(seconds)
-        check = statistics.median(report.check_seconds for report in of_transport)
+        shards, check = (
+            statistics.median(getattr(report, field) for report in of_transport)
+            for field in ("shard_check_seconds", "check_seconds")
+        )
         print(
             f"{transport:12} {median:.2f} s (min {seconds[0]:.2f}, max {seconds[-1]:.2f}, n {len(seconds)}), of these {check:.2f} s "
-            f"after the last byte; {first.num_bytes / median / 1e9:.2f} GB/s, {median / first.memcpy_seconds:.1f} x memcpy"
+            f"after the last byte; {first.num_bytes / median / 1e9:.2f} GB/s, {median / first.memcpy_seconds:.1f} x memcpy; "
+            + (f"{shards:.3f} s of shard check" if checks_shards else "no shard check")
         )
 
 
-def _push(folder: Path, endpoint: EngineEndpoint, rules: PushRules, repetitions: int) -> dict[Transport, list[PushReport]]:
+def _push(folder: Path, endpoint: EngineEndpoint, rules: PushRules, transports: Sequence[Transport], repetitions: int) -> Reports:
     context = multiprocessing.get_context("spawn")
-    results: multiprocessing.Queue[dict[Transport, list[PushReport]]] = context.Queue()
+    results: multiprocessing.Queue[Reports] = context.Queue()
     ranks = [
-        context.Process(target=_rank, args=(rank, folder, endpoint, rules, repetitions, results)) for rank in range(NUM_RANKS)
+        context.Process(target=_rank, args=(rank, folder, endpoint, rules, transports, repetitions, results))
+        for rank in range(NUM_RANKS)
     ]
     for rank in ranks:
         rank.start()
@@ -129,13 +139,21 @@ def _push(folder: Path, endpoint: EngineEndpoint, rules: PushRules, repetitions:
 
 
 def _rank(
-    rank: int, folder: Path, endpoint: EngineEndpoint, rules: PushRules, repetitions: int, results: multiprocessing.Queue
+    rank: int,
+    folder: Path,
+    endpoint: EngineEndpoint,
+    rules: PushRules,
+    transports: Sequence[Transport],
+    repetitions: int,
+    results: multiprocessing.Queue,
 ) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = str(rank) if endpoint.gpu_ids else ""
 
     from dapo_megatron.actor import cpu_adapter
 
     cpu_adapter.install()
+    import torch
+
     from dapo_megatron.actor.live_weights import live_boxes
     from dapo_megatron.actor.parallel import initialize
     from dapo_megatron.actor.policy import build_modules
@@ -154,20 +172,25 @@ def _rank(
     device = initialize(config, rank=rank, init_method=f"file://{folder}/rendezvous")
     modules, _ = build_modules(Architecture.from_hf(hf_config), config, device)
     live = live_boxes(modules)
+    torch.manual_seed(0)  # copies on other ranks are equal
     for item in live:
         item.data.normal_(std=0.02)
-    pusher = WeightPusher(compile_mapping(hf_config), hf_config, live, rules)
-    reports: dict[Transport, list[PushReport]] = {transport: [] for transport in TRANSPORTS}
+    mapping = compile_mapping(hf_config)
+    pushers = {
+        checks_shards: WeightPusher(mapping, hf_config, live, replace(rules, check_shards=checks_shards))
+        for checks_shards in (True, False)
+    }
+    reports: Reports = {(transport, checks_shards): [] for transport in transports for checks_shards in pushers}
     number = 0
     for repetition in range(repetitions + 1):
-        for transport in TRANSPORTS:
+        for (transport, checks_shards), of_kind in reports.items():
             number += 1
-            report = pusher.push(number, {endpoint: transport}, gpu_id=rank if endpoint.gpu_ids else None)
+            report = pushers[checks_shards].push(number, {endpoint: transport}, gpu_id=rank if endpoint.gpu_ids else None)
             if report is not None:
                 if report.failures:
                     raise SystemExit(f"{transport}: {report.failures}")
                 if repetition:  # the first one warms up
-                    reports[transport].append(report)
+                    of_kind.append(report)
     if rank == 0:
         results.put(reports)
 

@@ -31,10 +31,10 @@ def replay(worker: ActorWorker, batch: TrainBatch, rollout_step: int) -> Replay 
     def keep_gradients(index: int) -> None:
         if index == 0:
             _complete_gradients(policy)
-            gradients.update(_in_hf_layout(mapping, boxes))
+            gradients.update(_in_hf_layout(mapping, boxes, compare_copies=False))  # those of copies need not be equal
 
     updates = worker.updates(batch, rollout_step, keep_gradients)
-    weights = _in_hf_layout(mapping, live_boxes(policy.modules))
+    weights = _in_hf_layout(mapping, live_boxes(policy.modules), compare_copies=True)
     if dist.get_rank():
         return None
     return Replay(
@@ -64,9 +64,9 @@ def _complete_gradients(policy: Policy) -> None:
                 dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
 
 
-def _in_hf_layout(mapping: ModelMapping, boxes: Sequence[LiveBox]) -> dict[str, np.ndarray]:
+def _in_hf_layout(mapping: ModelMapping, boxes: Sequence[LiveBox], *, compare_copies: bool) -> dict[str, np.ndarray]:
     """fp32 tensors by HF name on rank 0, nothing elsewhere."""
-    messages = WeightSender(mapping, boxes, BUCKET_BYTES).send(0)
+    messages = WeightSender(mapping, boxes, BUCKET_BYTES, compare_copies=compare_copies).send(0)
     if dist.get_rank():
         for _ in messages:
             pass

@@ -68,7 +68,14 @@ class WeightPusher:
     ):
         """`codec`: how the servers want weights that are quantised."""
         self._mapping, self._hf_config, self._rules, self._codec = mapping, hf_config, rules, codec
-        self._sender = WeightSender(mapping, live, rules.bucket_bytes, whole_tensors=True, dtype=getattr(torch, rules.dtype))
+        self._sender = WeightSender(
+            mapping,
+            live,
+            rules.bucket_bytes,
+            whole_tensors=True,
+            dtype=getattr(torch, rules.dtype),
+            check_shards=rules.check_shards,
+        )
         self._device = live[0].data.device
         self._buckets = [self._layout(plan) for plan in self._sender.plan.buckets]
         self._host_buffers: tuple[Tensor, ...] = ()
@@ -80,11 +87,16 @@ class WeightPusher:
         """Bring the present weights to the servers; None on ranks that are not the assembler.
 
         `gpu_id` is the assembler's GPU, as `EngineEndpoint.gpu_ids` counts them. A server that dies or refuses is a failure in the
-        report; the others get the version. FingerprintError when a server that got it holds something else.
+        report; the others get the version. FingerprintError when the ranks hold something else than was gathered, before a server is told
+        the version's number, and when a server that got it holds something else.
         """
+        if self._sender.check:
+            self._sender.check.begin(version)
         if dist.get_rank() != ASSEMBLER:
             for plan in self._sender.plan.buckets:
                 self._sender.gather(plan, torch.empty(0))
+            if self._sender.check:
+                self._sender.check.finish()
             return None
         start = time.perf_counter()
         folder = VersionFolder(self._directory(), version) if "disk" in targets.values() else None
@@ -106,24 +118,39 @@ class WeightPusher:
                 f"weights of version {version} are not what the engines hold; do not generate with them: {'; '.join(wrong)}"
             )
         now, num_bytes = time.perf_counter(), sum(bucket.sent[-1].stop for bucket in self._buckets)
-        return PushReport(version, num_bytes, now - start, now - sent, num_bytes / self._bytes_per_second, dict(fan_out.failures))
+        return PushReport(
+            version,
+            num_bytes,
+            seconds=now - start,
+            check_seconds=now - sent,
+            memcpy_seconds=num_bytes / self._bytes_per_second,
+            failures=dict(fan_out.failures),
+            shard_check_seconds=self._sender.check.seconds if self._sender.check else 0.0,
+        )
 
     def _send(self, fan_out: FanOut, version: int, *, on_device: bool) -> None:
         fan_out.open()
         for index, bucket in enumerate(self._buckets):
             payload = self._payload(index, on_device=on_device)
+            is_last = index + 1 == len(self._buckets)
             if self._codec is None:
-                self._sender.gather(bucket.plan, payload)
+                self._gather(bucket.plan, payload, is_last=is_last)
             else:
                 gathered = torch.empty(bucket.plan.num_bytes, dtype=torch.uint8, device=self._device)
-                self._sender.gather(bucket.plan, gathered)
+                self._gather(bucket.plan, gathered, is_last=is_last)
                 encode(bucket.gathered, gathered, bucket.sent, payload, self._codec)
             fan_out.wait()
-            is_last = index + 1 == len(self._buckets)
             fan_out.start(StagedBucket(version, index, is_last, bucket.sent, payload, self._codec))
         fan_out.close()
         if on_device:
             torch.cuda.ipc_collect()
+
+    def _gather(self, plan: BucketPlan, payload: Tensor, *, is_last: bool) -> None:
+        self._sender.gather(plan, payload)
+        if self._sender.check:
+            self._sender.check.add(plan.pieces, payload)
+            if is_last:  # which goes out with the version's number
+                self._sender.check.finish()
 
     def _layout(self, plan: BucketPlan) -> _Bucket:
         names = [(piece.name, self._mapping.hf_tensors[piece.name]) for piece in plan.pieces]

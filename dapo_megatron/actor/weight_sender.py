@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dapo_megatron.actor.live_weights import LiveBox
+from dapo_megatron.actor.shard_check import ShardCheck
 from dapo_megatron.weights.plan import ModelMapping
 from dapo_megatron.weights.sync import (
     BucketPlan,
@@ -35,8 +36,13 @@ class WeightSender:
         *,
         whole_tensors: bool = False,
         dtype: torch.dtype | None = None,
+        check_shards: bool = True,
+        compare_copies: bool = True,
     ):
-        """`dtype` is that of the wire, into which each rank casts what it owns; None: the parameters' own."""
+        """`dtype` is that of the wire, into which each rank casts what it owns; None: the parameters' own.
+
+        `check_shards` and, in it, `compare_copies`: see `shard_check.py`.
+        """
         self._mapping = mapping
         self._owned = [item for item in live if item.is_owner]
         boxes_by_rank: list = [None] * dist.get_world_size()
@@ -44,6 +50,7 @@ class WeightSender:
         self._dtype = dtype or live[0].data.dtype
         self._device = live[0].data.device
         self.plan = compile_send_plan(mapping, boxes_by_rank, bucket_bytes, self._dtype.itemsize, whole_tensors=whole_tensors)
+        self.check = ShardCheck(mapping, live, self._dtype, ASSEMBLER, compare_copies=compare_copies) if check_shards else None
 
     @property
     def wire_dtype(self) -> str:
@@ -51,15 +58,24 @@ class WeightSender:
         return str(self._dtype).removeprefix("torch.")
 
     def send(self, version: int) -> Iterator[WeightBucket | WeightManifest]:
-        """Yields the buckets and the manifest of the present weights on the assembler, nothing on other ranks."""
+        """Yields the buckets and the manifest of the present weights on the assembler, nothing on other ranks.
+
+        FingerprintError in place of the manifest when the ranks hold something else.
+        """
         manifest = ManifestBuilder(self._mapping.hf_tensors, version)
+        if self.check:
+            self.check.begin(version)
         for plan in self.plan.buckets:
             payload = torch.empty(plan.num_bytes if dist.get_rank() == ASSEMBLER else 0, dtype=torch.uint8)
             if not self.gather(plan, payload):
                 continue
             bucket = WeightBucket(version, self.wire_dtype, plan.pieces, payload.numpy())
             manifest.add(bucket)
+            if self.check:
+                self.check.add(plan.pieces, payload)
             yield bucket
+        if self.check:
+            self.check.finish()
         if dist.get_rank() == ASSEMBLER:
             yield manifest.build()
 

@@ -106,6 +106,12 @@ _TABLE = (
         "weights/sync_to_memcpy_ratio", "ratio", "value", "time of the sync over that of a plain copy of as many bytes in memory"
     ),
     Metric(
+        "weights/shard_check_seconds",
+        "seconds",
+        "sum",
+        "of the sync: what rank 0 gathered is compared with what the ranks hold, and copies on ranks with each other",
+    ),
+    Metric(
         "weights/check_seconds", "seconds", "sum", "of the sync, after the last byte: servers say what they hold, it is compared"
     ),
     Metric("weights/num_engines_failed", "engines", "sum", "servers that did not get the version; they are started again"),

@@ -10,13 +10,17 @@ The protocol in words
 3.  Who fills which bytes is compiled once (`compile_send_plan`) and replayed for every version: for each bucket, each source
     rank has a list of chunks, rectangles of its boxes to be copied into rectangles of pieces. The chunks of all ranks tile the
     bucket; the compiler proves it. How chunks meet in one payload (shared memory, gather, device copies) is the actor's affair.
-4.  An engine takes the buckets in order and writes each piece into its live tensors, cast to the engine's dtype. The manifest
+4.  Each rank hashes what it holds of every HF tensor, where it lies, and who put the chunks together hashes what has become of them
+    (`place_hash.py`). The ranks exchange the hashes when each has sent its last chunk. Where the owners' do not add up to those of the gathered
+    tensors, or a copy of an owner's elements differs on another rank (`share_ledger.py`), the version ends in a FingerprintError before 5.
+5.  An engine takes the buckets in order and writes each piece into its live tensors, cast to the engine's dtype. The manifest
     holds a fingerprint of every HF tensor as sent. The engine commits the version when every row has arrived exactly once and
     the fingerprints agree: those of its live tensors where its dtype is the wire's, else those of the bytes that arrived.
-5.  Between the first bucket and the commit the engine holds a mixture of two versions and must not generate. A version that
+6.  Between the first bucket and the commit the engine holds a mixture of two versions and must not generate. A version that
     does not commit leaves the mixture in place; the cure is to send a whole version again.
 
-`receiver.py` is the embedded engine's side of 4. A server's side of 4, and how buckets reach it, is told in
+So an engine that commits holds what the ranks hold: its bytes are the gathered ones by 5, and these are the ranks' by 4.
+`receiver.py` is the embedded engine's side of 5. A server's side of 5, and how buckets reach it, is told in
 `transports/__init__.py`; a server takes whole tensors only, so its buckets are planned with `whole_tensors`: a tensor that is
 longer than `bucket_bytes` is a bucket of its own. This file has no torch: plans are made and checked anywhere.
 """

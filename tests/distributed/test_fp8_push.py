@@ -31,6 +31,7 @@ from tests.distributed.ranks import run_ranks
 from tests.tiny_models import make_hf_model
 
 BLOCK = (16, 16)
+MISPLACED = "model.layers.11.mlp.down_proj.weight"
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +57,11 @@ class Endpoint(ThreadingHTTPServer):
     def __init__(self, model: Path):
         self.config = json.loads((model / "config.json").read_text())
         self.tensors: dict[str, torch.Tensor] = {}
-        self.spoils = ""
+        self.spoils, self.version = "", None
         super().__init__(("127.0.0.1", 0), _Handler)
 
     def answer(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        self.version = body.get("weight_version", self.version)
         if path == "/update_weights_from_tensor":
             (payload,) = body["serialized_named_tensors"]
             bucket = pickle.loads(base64.b64decode(payload))
@@ -132,17 +134,34 @@ def push(rank: int, init_method: str, config: Any, target: EngineEndpoint) -> An
         assert left == [], "between two versions no shared memory has a name"
 
 
-def pushed(model: Path, endpoint: Endpoint, num_ranks: int) -> Any:
+def push_misplaced(rank: int, init_method: str, config: Any, target: EngineEndpoint) -> Any:
+    """As `push`, by a sender that exchanges the first two elements of MISPLACED."""
+    from dapo_megatron.actor import weight_pusher
+
+    class Misplacing(weight_pusher.WeightSender):
+        def gather(self, plan: Any, payload: torch.Tensor) -> bool:
+            is_assembler = super().gather(plan, payload)
+            for piece in plan.pieces if is_assembler else ():
+                if piece.name == MISPLACED:
+                    elements = payload[piece.byte_offset :].view(torch.bfloat16)
+                    elements[:2] = elements[:2].flip(0)
+            return is_assembler
+
+    weight_pusher.WeightSender = Misplacing  # type: ignore[misc] # in this process of its own
+    return push(rank, init_method, config, target)
+
+
+def pushed(model: Path, endpoint: Endpoint, num_ranks: int, program: Any = push) -> Any:
     config = programs.make_config(model, "bf16", tensor_parallel_size=num_ranks, offload=True)
     engine = {"type": "sglang", "dtype": "bf16", "weight_transport": "tensor"}
     rollout = type(config.rollout).model_validate({"engine": engine, "weight_bucket_mib": 1})
     target = EngineEndpoint("engine 0", f"http://127.0.0.1:{endpoint.server_port}", 1, "cpu")
-    return run_ranks(push, num_ranks, config.model_copy(update={"rollout": rollout}), target)[0]
+    return run_ranks(program, num_ranks, config.model_copy(update={"rollout": rollout}), target)[0]
 
 
 def test_what_is_pushed_is_the_policy_as_the_codec_writes_it(model: Path, endpoint: Endpoint):
     report = pushed(model, endpoint, 2)
-    assert report.failures == {}
+    assert report.failures == {} and endpoint.version == "1"
     files = HfFiles(model)
     assert set(endpoint.tensors) == set(files.tensors), "the same tensors as in the model's own files"
     for name in compile_mapping(endpoint.config).hf_tensors:
@@ -161,3 +180,11 @@ def test_one_wrong_bit_of_a_weight_or_of_a_scale_is_found(model: Path, endpoint:
     endpoint.spoils = f"model.layers.2.mlp.down_proj.weight{kind}"
     said = pushed(model, endpoint, 1)
     assert "tensors of rank 0 differ from what was sent: model.layers.2.mlp.down_proj.weight" in said
+
+
+def test_version_that_was_not_gathered_right_is_named_and_its_number_never_leaves(model: Path, endpoint: Endpoint):
+    said = pushed(model, endpoint, 2, push_misplaced)
+    assert said.startswith(
+        f"weights of version 1 are not one model: 1 tensors were not gathered as their ranks hold them: {MISPLACED} (ranks 0, 1)"
+    )
+    assert endpoint.tensors and endpoint.version is None

@@ -68,6 +68,7 @@ def fill_and_compare(rank: int, init_method: str, layouts: list[Config]) -> tupl
     from dapo_megatron.weights.checkpoint_keys import checkpoint_places
     from dapo_megatron.weights.families import megatron_arguments
     from dapo_megatron.weights.plan import check_cover, compile_mapping
+    from dapo_megatron.weights.share_ledger import ShareLedger, share_table, shares_of
 
     hf_config = json.loads((layouts[0].model.path / "config.json").read_text())
     mapping = compile_mapping(hf_config)
@@ -81,14 +82,17 @@ def fill_and_compare(rank: int, init_method: str, layouts: list[Config]) -> tupl
     homogeneous = not isinstance(megatron_arguments(hf_config).get("moe_layer_freq"), list)
     for layout in layouts:
         owned: list[Any] = []
+        tables: list[Any] = []
         by_stacking: dict[bool, set[Any]] = {True: set(), False: set()}
         for layout_rank in range(layout.actor.world_size):
-            boxes, wrong, keys = _one_rank(layout, layout_rank, hf_config, mapping, hf)
-            owned += boxes
+            boxes, is_owner, wrong, keys = _one_rank(layout, layout_rank, hf_config, mapping, hf)
+            owned += itertools.compress(boxes, is_owner)
+            tables.append(share_table(mapping, shares_of(mapping, boxes), is_owner))
             by_stacking = {form: of_form | keys[form] for form, of_form in by_stacking.items()}
             mismatches += [f"{layout.actor.model_dump(exclude_defaults=True)} rank {layout_rank}: {name}" for name in wrong]
             num_built += 1
         check_cover(mapping, owned)
+        ShareLedger(tuple(mapping.hf_tensors), tables)  # raises unless each copy is one of an owner's boxes
         for asked, found in by_stacking.items():
             places = checkpoint_places(mapping, stacked_layers=asked and homogeneous).values()
             if found != {(place.key, place.index, place.axes) for place in places}:
@@ -98,8 +102,8 @@ def fill_and_compare(rank: int, init_method: str, layouts: list[Config]) -> tupl
 
 def _one_rank(
     layout: Config, rank: int, hf_config: dict, mapping: Any, hf: dict
-) -> tuple[list[Any], list[str], dict[bool, set[Any]]]:
-    """Boxes this rank owns, the parameters whose numbers are not those of the tensor algebra, and the names it would save.
+) -> tuple[list[Any], list[bool], list[str], dict[bool, set[Any]]]:
+    """Boxes, which of them this rank owns, the parameters whose numbers are not those of the tensor algebra, the names it would save.
 
     Names are (key, leading index, leading axes), by whether megatron-core was left to stack layers.
     """
@@ -131,7 +135,7 @@ def _one_rank(
                 if expected.shape != tensor.shape or not torch.equal(expected, tensor.detach()):
                     wrong.append(name)
         keys = {stacked: _checkpoint_names(modules, stacked) for stacked in (True, False)}
-        return [item.box for item in live if item.is_owner], wrong, keys
+        return [item.box for item in live], [item.is_owner for item in live], wrong, keys
 
 
 def _checkpoint_names(modules: list[Any], stacked: bool) -> set[Any]:

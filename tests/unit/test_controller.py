@@ -391,7 +391,15 @@ class PushingActor:
 
     async def push_weights(self, version: int, endpoints: Any) -> PushReport:
         self.pushed.append((version, endpoints))
-        return PushReport(version, 3 * 10**9, seconds=6.0, check_seconds=1.0, memcpy_seconds=0.5, failures={"engine 1": "gone"})
+        return PushReport(
+            version,
+            3 * 10**9,
+            seconds=6.0,
+            check_seconds=1.0,
+            memcpy_seconds=0.5,
+            failures={"engine 1": "gone"},
+            shard_check_seconds=0.3,
+        )
 
 
 async def test_servers_get_their_weights_from_the_ranks_and_the_row_says_how_fast():
@@ -400,6 +408,7 @@ async def test_servers_get_their_weights_from_the_ranks_and_the_row_says_how_fas
         "weights/sync_bytes": 3 * 10**9,
         "weights/sync_gb_per_second": 0.5,
         "weights/sync_to_memcpy_ratio": 12.0,
+        "weights/shard_check_seconds": 0.3,
         "weights/check_seconds": 1.0,
         "weights/num_engines_failed": 1,
     }

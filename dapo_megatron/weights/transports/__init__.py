@@ -15,7 +15,8 @@ The protocol in words; it goes on where `weights/sync.py` ends, with the assembl
     group of their own: gloo to engines on CPUs, NCCL to engines on GPUs. It is made at the first version, kept, and made anew
     after a failure. The extra memory in the engine is one bucket.
 6.  disk: every bucket is a safetensors file in a new folder that both sides see; servers are asked to load it, then it is removed.
-7.  The last message of a version carries its number; what a server generates from then on bears it.
+7.  The last message of a version carries its number; what a server generates from then on bears it. It leaves when what was gathered has
+    proven to be what the ranks hold (4 of `weights/sync.py`), else not at all.
 8.  Then each server is asked for the hash of every tensor of every rank (`weights_checker`), and the answer is compared with hashes
     that the sender made of the same bytes (`held_hashes.py`), cut as the engine's ranks cut them (`engine_layout.py`). A tensor
     that differs, lacks or was never sent is a FingerprintError that names it, and nothing may be generated.

@@ -27,6 +27,8 @@ class PushRules:
     """Of a call that is about all of the model: to load it from disk, to hash it."""
     check_hashes: bool = True
     """Compare what the engines hold with what was sent."""
+    check_shards: bool = True
+    """Compare what was gathered with what the ranks hold, and ranks that hold copies with each other (`actor/shard_check.py`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,8 @@ class PushReport:
     """What a copy of `num_bytes` from host memory to host memory takes; measured when the pusher was made."""
     failures: Mapping[str, str] = field(default_factory=dict)
     """Name of a server that did not get the version -> what happened."""
+    shard_check_seconds: float = 0.0
+    """Of `seconds`: until what was gathered had been compared with what the ranks hold; 0 when it was not."""
 
     def metrics(self) -> dict[str, float]:
         """For a metrics row."""
@@ -51,6 +55,7 @@ class PushReport:
             "weights/sync_bytes": self.num_bytes,
             "weights/sync_gb_per_second": self.num_bytes / self.seconds / 1e9,
             "weights/sync_to_memcpy_ratio": self.seconds / self.memcpy_seconds,
+            "weights/shard_check_seconds": self.shard_check_seconds,
             "weights/check_seconds": self.check_seconds,
             "weights/num_engines_failed": len(self.failures),
         }
