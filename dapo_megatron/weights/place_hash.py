@@ -28,8 +28,8 @@ from torch import Tensor
 _SEED = 0x5EED
 _WORD_BYTES = 8
 _INTEGER = {2: torch.int16, 4: torch.int32}
-CHUNK_WORDS = {"cpu": 2**17, "cuda": 2**22}
-"""Words worked on at a time (1 and 32 MiB), but whole rows; the temporary tensors are up to four times as long."""
+CHUNK_WORDS = {"cpu": 2**18, "cuda": 2**22}
+"""Words worked on at a time (2 and 32 MiB), but whole rows; the temporary tensors are up to four times as long."""
 
 
 class PlaceHash:
