@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +32,8 @@ class Column:
         """`values` as a read-only array [T]; nothing is copied when the dtype is right. ValueError for any other shape."""
         import numpy as np
 
+        if type(values) is np.ndarray and values.ndim == 1 and values.dtype.str == self.dtype and not values.flags.writeable:
+            return values
         array = np.asarray(values, dtype=self.dtype)
         if array.ndim != 1:
             raise ValueError(f"the array has shape {array.shape}; give one dimension")
@@ -62,6 +66,20 @@ class Column:
 
 INT32 = Column("<i4", zlib_level=1)
 FLOAT32 = Column("<f4", zlib_level=0)
+
+
+def pieces(flat: NDArray[Any], lengths: Iterable[int]) -> list[NDArray[Any]]:
+    """One after the other, views of `flat` [sum of lengths], which is made read-only: columns of many records from one array."""
+    flat.flags.writeable = False
+    ends = list(itertools.accumulate(lengths, initial=0))
+    return [flat[start:end] for start, end in itertools.pairwise(ends)]
+
+
+def smallest(columns: Sequence[NDArray[Any]]) -> int:
+    """The smallest element of all columns, some of which may be empty. ValueError when all are."""
+    import numpy as np
+
+    return int(np.concatenate(columns).min())
 
 
 class _PackedTable:

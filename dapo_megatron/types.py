@@ -9,7 +9,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from dapo_megatron.arrays import FLOAT32, INT32, ExpertTable, Float32Array, Int32Array, expert_table, records_equal, set_column
+from dapo_megatron.arrays import (
+    FLOAT32,
+    INT32,
+    ExpertTable,
+    Float32Array,
+    Int32Array,
+    expert_table,
+    records_equal,
+    set_column,
+    smallest,
+)
 
 FinishReason = Literal["stop", "length", "abort"]
 LossAggregation = Literal["token_mean", "prompt_mean", "sample_mean"]
@@ -70,6 +80,10 @@ class Score:
     answer: str | None = field(default=None, compare=False)
     """What the response states, in the form in which maj@k counts votes; None when it states nothing. No part of the verdict."""
 
+    def __reduce__(self) -> tuple[type[Score], tuple[float, bool, str | None, str | None]]:
+        """As a call: verdicts come from another process in thousands, and dataclasses with slots are slow to unpickle."""
+        return type(self), (self.reward, self.correct, self.error, self.answer)
+
 
 @dataclass(frozen=True, slots=True)
 class RolloutGroup:
@@ -93,7 +107,7 @@ class RolloutGroup:
     @property
     def oldest_weight_version(self) -> int:
         """The oldest weights that produced any token of the group."""
-        return min(int(sample.weight_versions.min()) for sample in self.samples if len(sample.weight_versions))
+        return smallest([sample.weight_versions for sample in self.samples])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

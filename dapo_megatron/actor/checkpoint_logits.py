@@ -5,7 +5,6 @@ Importing this module imports megatron-core; call `cpu_adapter.install()` first.
 
 from __future__ import annotations
 
-import itertools
 import json
 import tempfile
 import warnings
@@ -49,13 +48,13 @@ def checkpoint_logits(
             (module,), _ = build_modules(architecture, config, device)
             _load(module, directory, stacked_layers)
             module.eval()
-            starts = np.cumsum([0, *(len(sequence) for sequence in sequences)])
-            places = [np.arange(start, end) for start, end in itertools.pairwise(starts)]
+            lengths = np.array([len(sequence) for sequence in sequences])
+            pack = pack_sequences(np.arange(lengths.sum()), lengths, device)
             tokens = torch.from_numpy(np.concatenate(sequences)).to(device)[None]
             with torch.no_grad():
-                logits = module(tokens, None, None, packed_seq_params=pack_sequences(places, device))
+                logits = module(tokens, None, None, packed_seq_params=pack)
             values = logits[0, :, : architecture.vocab_size].float().cpu().numpy()
-            return [values[place] for place in places]
+            return np.split(values, np.cumsum(lengths)[:-1])
         finally:
             parallel.destroy()
 

@@ -9,7 +9,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from dapo_megatron.models.packed import pack_sequences
+from dapo_megatron.models.packed import consecutive, pack_sequences
 from dapo_megatron.models.spec import Implementation
 from dapo_megatron.types import MicroBatch
 
@@ -39,35 +39,39 @@ def to_tensors(
 
     The last token of a response predicts nothing and is not packed. Under `local`, samples of one prompt share its tokens.
     """
-    prompts: dict[bytes, np.ndarray] = {}
-    inputs, sequences, rows, targets = [], [], [], []
+    prompts: dict[bytes, int] = {}
+    inputs: list[np.ndarray] = []
+    spans: list[tuple[int, int, int, int]] = []
     total = 0
     for sample in samples:
-        tokens = sample.token_ids.astype(np.int64)
-        prompt, response = tokens[: sample.num_prompt_tokens], tokens[sample.num_prompt_tokens :]
+        prompt, response = sample.token_ids[: sample.num_prompt_tokens], sample.token_ids[sample.num_prompt_tokens : -1]
         key = prompt.tobytes()
-        if key not in prompts or implementation != "local":
-            prompts[key] = np.arange(total, total + len(prompt))
+        start = prompts.get(key) if implementation == "local" else None
+        if start is None:
+            prompts[key] = start = total
             inputs.append(prompt)
             total += len(prompt)
-        sequence = np.concatenate([prompts[key], np.arange(total, total + len(response) - 1)])
-        inputs.append(response[:-1])
-        total += len(response) - 1
-        sequences.append(sequence)
-        rows.append(sequence[len(prompt) - 1 :])
-        targets.append(response)
+        inputs.append(response)
+        spans.append((start, len(prompt), total, len(response)))
+        total += len(response)
     padding = -total % pad_to_multiple if total else pad_to_multiple
     if padding:  # a sequence of its own, so that no real token attends to it
-        inputs.append(np.zeros(padding, dtype=np.int64))
-        sequences.append(np.arange(total, total + padding))
+        inputs.append(np.zeros(padding, dtype=np.int32))
+        spans.append((total, padding, 0, 0))
+    prompt_starts, prompt_lengths, starts, lengths = np.array(spans).T
+    places = consecutive(_alternating(prompt_starts, starts), _alternating(prompt_lengths, lengths))
+    before = (prompt_starts + prompt_lengths - 1)[: len(samples)]  # the last prompt token predicts the first of the response
+    num_before = np.ones_like(before)
+    rows = consecutive(_alternating(before, starts[: len(samples)]), _alternating(num_before, lengths[: len(samples)]))
+    targets = [sample.token_ids[sample.num_prompt_tokens :] for sample in samples]
     per_sample = np.array([(sample.advantage, sample.loss_weight, sample.on_policy) for sample in samples], np.float32)
     num_tokens = [len(response) for response in targets]
     advantages, loss_weights, on_policy = torch.from_numpy(per_sample.reshape(-1, 3).T.repeat(num_tokens, axis=1)).to(device)
     log_probs = np.concatenate([np.zeros(0, np.float32), *(sample.rollout_log_probs for sample in samples)])
     return MicroBatchTensors(
         input_ids=_long(inputs, device)[None],
-        packed=_packed(sequences, device, implementation),
-        rows=_long(rows, device),
+        packed=_packed(places, prompt_lengths + lengths, device, implementation),
+        rows=torch.from_numpy(rows).to(device),
         targets=_long(targets, device),
         advantages=advantages,
         loss_weights=loss_weights,
@@ -77,18 +81,21 @@ def to_tensors(
 
 
 def _long(parts: list[np.ndarray], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *parts])).to(device)
+    return torch.from_numpy(np.concatenate([np.zeros(0, np.int32), *parts], dtype=np.int64)).to(device)
 
 
-def _packed(sequences: list[np.ndarray], device: torch.device, implementation: Implementation) -> PackedSeqParams:
+def _alternating(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    return np.stack((first, second), axis=1).ravel()
+
+
+def _packed(places: np.ndarray, lengths: np.ndarray, device: torch.device, implementation: Implementation) -> PackedSeqParams:
     if implementation == "local":
-        return pack_sequences(sequences, device)
-    lengths = [len(sequence) for sequence in sequences]
-    boundaries = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device=device)
+        return pack_sequences(places, lengths, device)
+    boundaries = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device)
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=boundaries,
         cu_seqlens_kv=boundaries,
-        max_seqlen_q=max(lengths),
-        max_seqlen_kv=max(lengths),
+        max_seqlen_q=int(lengths.max()),
+        max_seqlen_kv=int(lengths.max()),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,8 @@ from dapo_megatron.algo.advantage import AdvantageStd, group_advantages
 from dapo_megatron.algo.aggregation import sample_loss_weights
 from dapo_megatron.algo.overlong import soft_overlong_punishment
 from dapo_megatron.algo.packing import pack_micro_batches, runs_of_groups
-from dapo_megatron.types import LossAggregation, OptimizerStepBatch, RolloutGroup, Sample, TrainBatch, TrainSample
+from dapo_megatron.arrays import pieces
+from dapo_megatron.types import LossAggregation, OptimizerStepBatch, RolloutGroup, TrainBatch, TrainSample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,45 +66,41 @@ def build_train_batch(groups: Sequence[RolloutGroup], rules: TrainBatchRules, *,
     return TrainBatch(tuple(step for step in steps if step.num_loss_tokens))
 
 
-@dataclass(frozen=True, slots=True)
-class _TrainedResponse:
-    group: RolloutGroup
-    prompt_token_ids: np.ndarray
-    sample: Sample
-    advantage: float
-    on_policy: bool
-
-
-def _trained_responses(group: RolloutGroup, rules: TrainBatchRules, weight_version: int) -> list[_TrainedResponse]:
-    """Samples of the group that enter the loss. Those that do not still count in the mean and the standard deviation."""
-    advantages = group_advantages(
-        shaped_rewards(group, rules), normalize_by_std=rules.normalize_advantage_by_std, std=rules.advantage_std
-    )
-    prompt_token_ids = np.array(group.prompt.token_ids, np.int32)
-    on_policy = group.oldest_weight_version >= weight_version
+def _trained(group: RolloutGroup, rules: TrainBatchRules) -> list[int]:
+    """Indices of the samples that enter the loss. The others still count in the mean and the standard deviation of rewards."""
     return [
-        _TrainedResponse(group, prompt_token_ids, sample, advantage, on_policy)
-        for sample, advantage in zip(group.samples, advantages, strict=True)
+        index
+        for index, sample in enumerate(group.samples)
         if len(sample.token_ids) and not (rules.overlong_filtering and sample.finish_reason == "length")
     ]
 
 
 def _optimizer_step(groups: Sequence[RolloutGroup], rules: TrainBatchRules, weight_version: int) -> OptimizerStepBatch:
-    responses = [response for group in groups for response in _trained_responses(group, rules, weight_version)]
-    num_tokens = [len(response.sample.token_ids) for response in responses]
-    loss_weights = sample_loss_weights(rules.loss_aggregation, num_tokens, [response.group.group_id for response in responses])
-    samples = [
-        TrainSample(
-            token_ids=np.concatenate((response.prompt_token_ids, response.sample.token_ids)),
-            num_prompt_tokens=len(response.group.prompt.token_ids),
-            rollout_log_probs=response.sample.log_probs,
-            advantage=response.advantage,
-            loss_weight=loss_weight,
-            on_policy=response.on_policy,
-        )
-        for response, loss_weight in zip(responses, loss_weights, strict=True)
-    ]
+    trained = [(group, index) for group in groups for index in _trained(group, rules)]
+    num_tokens = [len(group.samples[index].token_ids) for group, index in trained]
+    weights = iter(sample_loss_weights(rules.loss_aggregation, num_tokens, [group.group_id for group, _ in trained]))
+    samples = [sample for group in groups for sample in _train_samples(group, rules, weight_version, weights)]
     return cut_optimizer_step(samples, rules)
+
+
+def _train_samples(
+    group: RolloutGroup, rules: TrainBatchRules, weight_version: int, weights: Iterator[float]
+) -> Iterator[TrainSample]:
+    """Those of the group that enter the loss, whose next weights are taken."""
+    trained = _trained(group, rules)
+    if not trained:
+        return
+    advantages = group_advantages(
+        shaped_rewards(group, rules), normalize_by_std=rules.normalize_advantage_by_std, std=rules.advantage_std
+    )
+    prompt = np.array(group.prompt.token_ids, np.int32)
+    responses = [group.samples[index].token_ids for index in trained]
+    flat = np.concatenate([part for response in responses for part in (prompt, response)])
+    sequences = pieces(flat, [len(prompt) + len(response) for response in responses])
+    on_policy = group.oldest_weight_version >= weight_version
+    for index, sequence in zip(trained, sequences, strict=True):
+        log_probs = group.samples[index].log_probs
+        yield TrainSample(sequence, len(prompt), log_probs, advantages[index], next(weights), on_policy)
 
 
 def cut_optimizer_step(samples: Sequence[TrainSample], rules: TrainBatchRules) -> OptimizerStepBatch:

@@ -35,55 +35,54 @@ class PackedSequences(PackedSeqParams):
     rotation: tuple[Tensor, Tensor] | None = None
 
 
-def pack_sequences(sequences: Sequence[np.ndarray], device: torch.device) -> PackedSequences:
-    """Describe sequences by the places of their tokens in the pack, int64, in order; together they cover [0, T).
+def pack_sequences(places: np.ndarray, lengths: np.ndarray, device: torch.device) -> PackedSequences:
+    """Describe sequences by the places of their tokens in the pack, int64 [sum of lengths], in order; together they cover [0, T).
 
     Sequences that share places must agree in everything before the last shared one: keys, values and outputs of a shared prefix
     are the same in all of them, so it does not matter whose slot `scatter` reads.
     """
-    lengths = [len(sequence) for sequence in sequences]
-    total = 1 + max(int(sequence.max()) for sequence in sequences)
+    order = np.argsort(-lengths, kind="stable")
+    lengths, starts = lengths[order], (np.cumsum(lengths) - lengths)[order]
+    shapes = _tiles(lengths.tolist())
+    first_slots = np.array([0, *np.repeat([longest for _, longest in shapes], [count for count, _ in shapes])]).cumsum()
+    num_slots = first_slots[-1]
+    positions_in_sequences = consecutive(np.zeros_like(lengths), lengths)
+    slots, places = consecutive(first_slots[:-1], lengths), places[consecutive(starts, lengths)]
+    gather = np.zeros(num_slots, dtype=np.int64)
+    gather[slots] = places
+    total = 1 + int(places.max())
     positions = np.empty(total, dtype=np.int64)
+    positions[places] = positions_in_sequences
     scatter = np.empty(total, dtype=np.int64)
-    gather: list[np.ndarray] = []
-    shapes: list[tuple[int, int]] = []
-    first_slot = 0
-    for tile in _tiles(lengths):
-        longest = lengths[tile[0]]
-        shapes.append((len(tile), longest))
-        places = np.zeros((len(tile), longest), dtype=np.int64)
-        for row, index in enumerate(tile):
-            sequence, length = sequences[index], lengths[index]
-            places[row, :length] = sequence
-            positions[sequence] = np.arange(length)
-            scatter[sequence] = first_slot + np.arange(length)
-            first_slot += longest
-        gather.append(places.ravel())
-    slots = np.concatenate(gather)
-    is_permuted = not np.array_equal(slots, np.arange(total))
+    scatter[places] = slots
+    is_permuted = not np.array_equal(gather, np.arange(total))
     return PackedSequences(
         qkv_format="sbhd",
-        max_seqlen_q=max(lengths),
-        max_seqlen_kv=max(lengths),
+        max_seqlen_q=int(lengths[0]),
+        max_seqlen_kv=int(lengths[0]),
         positions=torch.from_numpy(positions).to(device),
         tile_shapes=tuple(shapes),
-        gather=torch.from_numpy(slots).to(device) if is_permuted else None,
+        gather=torch.from_numpy(gather).to(device) if is_permuted else None,
         scatter=torch.from_numpy(scatter).to(device) if is_permuted else None,
     )
 
 
-def _tiles(lengths: Sequence[int]) -> list[list[int]]:
-    """Sequence indices grouped by similar length, longest first; stable, so deterministic."""
-    tiles: list[list[int]] = []
+def consecutive(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """starts[0], starts[0] + 1, .. (lengths[0] of them), then those of starts[1]: int64 [sum of lengths]."""
+    return np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
+
+
+def _tiles(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Shapes (number of sequences, length of the longest) of tiles of neighbours; `lengths` fall."""
+    shapes: list[tuple[int, int]] = []
     real = 0
-    for sequence in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[sequence]
-        if tiles:
-            slots = (len(tiles[-1]) + 1) * lengths[tiles[-1][0]]
-            if slots <= MAX_TILE_WASTE * (real + length):
-                tiles[-1].append(sequence)
+    for length in lengths:
+        if shapes:
+            count, longest = shapes[-1]
+            if (count + 1) * longest <= MAX_TILE_WASTE * (real + length):
+                shapes[-1] = (count + 1, longest)
                 real += length
                 continue
-        tiles.append([sequence])
+        shapes.append((1, length))
         real = length
-    return tiles
+    return shapes

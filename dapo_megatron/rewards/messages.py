@@ -40,7 +40,8 @@ class ScoreRequest:
 
 @dataclass(frozen=True, slots=True)
 class ScorerReply:
-    """One verdict. After it, a scorer that is `spent` (out of memory) must be replaced: it would fail the next response too."""
+    """The next verdicts of a request, in order. A scorer that is `spent` (out of memory) must be replaced then: it would fail the next
+    response too."""
 
-    score: Score
+    scores: tuple[Score, ...]
     spent: bool

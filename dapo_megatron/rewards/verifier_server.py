@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from multiprocessing import reduction
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 from dapo_megatron.config.schema import RewardConfig
 from dapo_megatron.rewards import worker_process
 from dapo_megatron.rewards.messages import EndScorer, ScoreRequest, ScorerReply, StartScorer, WorkerSetup
+from dapo_megatron.rewards.progress_mark import ProgressMark
 from dapo_megatron.types import RewardError
 
 _START_DEADLINE_SECONDS = 120.0
@@ -37,24 +39,32 @@ class VerdictMissing(Exception):
 class Scorer:
     """One forked process and the parent's end of the socket to it. Used by one thread, except for `kill`."""
 
-    def __init__(self, pid: int, connection: Connection):
-        self.pid, self._connection = pid, connection
+    def __init__(self, pid: int, connection: Connection, mark: ProgressMark):
+        self.pid, self._connection, self._mark = pid, connection, mark
         self._poller = select.poll()  # Connection.poll would build one per call
         self._poller.register(connection, select.POLLIN)
 
     def send(self, request: ScoreRequest) -> None:
         """Give it responses to score; a process that is gone shows in `receive`."""
+        self._mark.begin(0)
         with contextlib.suppress(*_GONE):
             self._connection.send(request)
 
     def receive(self, timeout_seconds: float) -> ScorerReply:
-        """The next verdict. Raises VerdictMissing."""
+        """The next verdicts. Raises VerdictMissing, then `place` is the response without one; others before it may lack theirs too."""
+        deadline = None
         try:
-            if self._poller.poll(timeout_seconds * 1000):
-                return self._connection.recv()
+            while deadline != (deadline := self._mark.started + timeout_seconds):  # until it is at the same response as before
+                if self._poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                    return self._connection.recv()
         except _GONE:
             raise VerdictMissing("the verifier process ended", late=False) from None
         raise VerdictMissing(f"no answer within {timeout_seconds:g} s; the verifier process was killed", late=True)
+
+    @property
+    def place(self) -> int:
+        """Which response of the request it is at."""
+        return self._mark.place
 
     def kill(self) -> None:
         """SIGKILL to it and to what it started. For a scorer that the server has not been asked to end: the id is still its own."""
@@ -62,8 +72,9 @@ class Scorer:
             os.killpg(self.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """Close the socket."""
+        """Close the socket and let go of the mark."""
         self._connection.close()
+        self._mark.close()
 
 
 class VerifierServer:
@@ -155,7 +166,12 @@ class VerifierServer:
         self._control.send(StartScorer())
         pid: int = self._control.recv()
         connection: Any = Connection(reduction.recv_handle(self._control))
-        return Scorer(pid, connection)
+        try:
+            with os.fdopen(reduction.recv_handle(self._control), "rb") as mark_file:
+                return Scorer(pid, connection, ProgressMark(mark_file.fileno()))
+        except _GONE:
+            connection.close()
+            raise
 
     def _collect(self) -> None:
         self._process.kill()

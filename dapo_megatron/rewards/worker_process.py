@@ -4,11 +4,12 @@ It loads the reward function once and from then on only forks: one scorer per re
 importing sympy costs seconds, and all share its memory. Protocol over the socket FD, pickled: the parent sends one WorkerSetup; the
 process answers a RewardError and ends, or None once it can fork. Then the parent sends
 
-* StartScorer: a scorer is forked; the answer is its process id, followed by the parent's end of a socket to it;
+* StartScorer: a scorer is forked; the answer is its process id, followed by the parent's end of a socket to it and by the memory of its
+  `ProgressMark`;
 * EndScorer: that scorer, and what it started, is killed and collected; the answer is its exit code.
 
-Over its own socket a scorer takes ScoreRequests and sends one ScorerReply per response, in order and each as soon as it is known,
-so that the parent sees which response is being scored. End of file ends scorer and process.
+Over its own socket a scorer takes ScoreRequests and sends the verdicts in their order, those of a twentieth of a second or of the whole
+request in one ScorerReply; which response it is at stands in the mark. End of file ends scorer and process.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import resource
 import signal
 import sys
 import threading
+import time
 import traceback
 from multiprocessing import reduction
 from multiprocessing.connection import Connection, Pipe
@@ -28,10 +30,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from dapo_megatron.rewards.messages import EndScorer, ScoreRequest, ScorerReply, StartScorer, WorkerSetup
+from dapo_megatron.rewards.progress_mark import ProgressMark
 from dapo_megatron.rewards.registry import Judge, load_reward_function
 from dapo_megatron.rewards.stated_answer import stated_answer_rule
-from dapo_megatron.types import RewardError
+from dapo_megatron.types import RewardError, Score
 
+_REPLY_SECONDS = 0.05
+"""Verdicts wait no longer for others of their request: so much is done again when a scorer is killed."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -74,15 +79,17 @@ def _load(setup: WorkerSetup) -> Judge:
 
 def _start(control: Connection, judge: Judge, memory_limit_mib: int) -> int:
     parent_end, scorer_end = Pipe()
-    with parent_end, scorer_end:
+    mark_file = ProgressMark.new_file()
+    with parent_end, scorer_end, os.fdopen(mark_file, "rb"):
         server_pid = os.getpid()
         pid = os.fork()
         if pid == 0:
             control.close()
             parent_end.close()
-            _be_scorer(scorer_end, judge, memory_limit_mib, server_pid)
+            _be_scorer(scorer_end, ProgressMark(mark_file), judge, memory_limit_mib, server_pid)
         control.send(pid)
-        reduction.send_handle(control, parent_end.fileno(), None)  # the destination is for Windows
+        for handle in (parent_end.fileno(), mark_file):
+            reduction.send_handle(control, handle, None)  # the destination is for Windows
     return pid
 
 
@@ -94,14 +101,14 @@ def _end(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def _be_scorer(connection: Connection, judge: Judge, memory_limit_mib: int, server_pid: int) -> NoReturn:
+def _be_scorer(connection: Connection, mark: ProgressMark, judge: Judge, memory_limit_mib: int, server_pid: int) -> NoReturn:
     code = 1
     try:
         os.setsid()  # a kill of the group reaches what a user's function started
         _outlive_requests_to_stop()
         _die_with(server_pid)
         _limit_memory_growth(memory_limit_mib)
-        _score(connection, judge)
+        _score(connection, mark, judge)
         code = 0
     except BaseException:  # noqa: BLE001 - a forked process must not run the code above the fork
         traceback.print_exc()
@@ -109,15 +116,22 @@ def _be_scorer(connection: Connection, judge: Judge, memory_limit_mib: int, serv
         os._exit(code)
 
 
-def _score(connection: Connection, judge: Judge) -> None:
+def _score(connection: Connection, mark: ProgressMark, judge: Judge) -> None:
     while True:
         try:
             request: ScoreRequest = connection.recv()
         except (EOFError, ConnectionResetError):
             return
-        for response in request.responses:
-            score = judge.score(response, request.answer)
-            connection.send(ScorerReply(score, spent=(score.error or "").startswith(MemoryError.__name__)))
+        scores: list[Score] = []
+        replied = time.monotonic()
+        for place, response in enumerate(request.responses):
+            mark.begin(place)
+            scores.append(judge.score(response, request.answer))
+            spent = (scores[-1].error or "").startswith(MemoryError.__name__)
+            if spent or place + 1 == len(request.responses) or time.monotonic() > replied + _REPLY_SECONDS:
+                connection.send(ScorerReply(tuple(scores), spent))
+                scores.clear()
+                replied = time.monotonic()
 
 
 def _outlive_requests_to_stop() -> None:

@@ -1,8 +1,8 @@
 """Killable verifier processes: the parent's side.
 
 One thread per scorer. The thread has its scorer forked (see `verifier_server.py`), takes jobs (a few responses to one problem) from a
-queue that all threads share, and waits for one Score at a time, with a deadline for each. A scorer that is over the deadline is
-killed, one that died is noticed by end of file; either way the response it was scoring gets a wrong verdict, the rest of the job goes
+queue that all threads share, and waits for the verdicts, with a deadline for each response. A scorer that is over the deadline is
+killed, one that died is noticed by end of file; either way the response it was scoring gets a wrong verdict, those without one go
 back to the queue, and the thread has another one forked. Threads rather than asyncio keep this independent of the caller's event loop.
 """
 
@@ -24,7 +24,7 @@ from dapo_megatron.rewards.messages import ScoreRequest
 from dapo_megatron.rewards.verifier_server import Scorer, VerdictMissing, VerifierServer
 from dapo_megatron.types import RewardError, Score
 
-_RESPONSES_PER_JOB = 8
+_RESPONSES_PER_JOB = 16
 
 
 class RewardWorkers:
@@ -133,20 +133,23 @@ class RewardWorkers:
         """Score what is left of a job; False when that took the scorer, in which case the rest is back in the queue."""
         if job.future.cancelled():
             return True
+        places, num_scored, spent = job.missing, 0, False
         try:
-            scorer.send(ScoreRequest(job.remaining, job.answer))
-            spent = False
-            while job.remaining and not spent:
+            scorer.send(ScoreRequest(tuple(job.responses[place] for place in places), job.answer))
+            while num_scored < len(places) and not spent:
                 reply = scorer.receive(self._config.timeout_seconds)
-                job.scores.append(reply.score)
+                for score in reply.scores:
+                    job.scores[places[num_scored]] = score
+                    num_scored += 1
                 spent = reply.spent
         except VerdictMissing as missing:
+            at = max(num_scored, scorer.place)  # one that has replied may not have gone on yet
             reason = str(missing) if missing.late else f"the verifier process ended with code {self._retire(scorer)}"
-            job.scores.append(Score(self._config.wrong_reward, correct=False, error=reason))
+            job.scores[places[at]] = Score(self._config.wrong_reward, correct=False, error=reason)
             spent = True
-        if job.remaining and self._stopped_by is not None:
+        if job.missing and self._stopped_by is not None:
             job.fail(self._stopped_by)
-        elif job.remaining:
+        elif job.missing:
             self._submit(job)
         else:
             job.finish()
@@ -174,19 +177,19 @@ class RewardWorkers:
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """Some responses to one problem; `scores` grows in their order."""
+    """Some responses to one problem, and the verdicts so far by the place of the response."""
 
     responses: tuple[str, ...]
     answer: str
-    scores: list[Score] = field(default_factory=list)
+    scores: dict[int, Score] = field(default_factory=dict)
     future: Future[list[Score]] = field(default_factory=Future)
 
     @property
-    def remaining(self) -> tuple[str, ...]:
-        return self.responses[len(self.scores) :]
+    def missing(self) -> list[int]:
+        return [place for place in range(len(self.responses)) if place not in self.scores]
 
     def finish(self) -> None:
-        _resolve(self.future, self.scores)
+        _resolve(self.future, [self.scores[place] for place in range(len(self.responses))])
 
     def fail(self, error: Exception) -> None:
         _fail(self.future, error)

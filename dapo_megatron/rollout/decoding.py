@@ -16,11 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
+from dapo_megatron.arrays import pieces
 from dapo_megatron.config.schema import HF_PREFILL_TOKENS
 from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult
 from dapo_megatron.rollout.kv_cache import RowCache
 from dapo_megatron.rollout.row_table import RowTable
 from dapo_megatron.rollout.sampling import RowParams, draw
+from dapo_megatron.rollout.texts import response_texts
 from dapo_megatron.types import EngineError, FinishReason, Sample
 
 _FIRST_CAPACITY = 512
@@ -138,9 +140,9 @@ class Decoding:
         numbers = {number for number, job in self._jobs.items() if job.request.request_id in request_ids}
         self._waiting = deque(admission for admission in self._waiting if admission.number not in numbers)
         rows = np.flatnonzero(np.isin(self._rows.request[: self._rows.num_rows], list(numbers)))
-        for row in rows.tolist():
-            self._keep(row, "abort")
-        self._remove(rows)
+        if len(rows):
+            self._keep(rows, ["abort"] * len(rows))
+            self._remove(rows)
         for number in numbers:
             job = self._jobs[number]
             for index in range(job.request.num_samples):
@@ -247,26 +249,28 @@ class Decoding:
 
     def _retire(self, finished_rows: np.ndarray) -> list[int]:
         """Take these rows out and close the holes; return the numbers of the requests that are over now, rising."""
-        over = []
-        for row in finished_rows.tolist():
-            number = self._keep(row, "stop" if self._rows.stopped[row] else "length")
-            if self._jobs[number].is_over:
-                over.append(number)
+        stopped = self._rows.stopped[finished_rows].tolist()
+        numbers = self._keep(finished_rows, ["stop" if at_stop else "length" for at_stop in stopped])
         self._remove(finished_rows)
-        return sorted(over)
+        return sorted(number for number in numbers if self._jobs[number].is_over)
 
-    def _keep(self, row: int, finish_reason: FinishReason) -> int:
-        """Copy the row's response to its request, whose number is returned."""
+    def _keep(self, kept: np.ndarray, finish_reasons: Sequence[FinishReason]) -> set[int]:
+        """Copy the responses of these rows, one at least, to their requests, whose numbers are returned."""
         rows = self._rows
-        count, number, sample = rows.count[row], int(rows.request[row]), int(rows.sample[row])
-        job = self._jobs[number]
-        versions = np.full(count, self._weight_version, np.int32)
-        before = job.start_of(sample).weight_versions
-        versions[: len(before)] = before
-        job.responses[sample] = _Response(
-            rows.tokens[row, :count].astype(np.int32), rows.log_probs[row, :count].copy(), versions, finish_reason
-        )
-        return number
+        counts, numbers, indices = (column[kept].tolist() for column in (rows.count, rows.request, rows.sample))
+        places = list(zip(kept.tolist(), counts, strict=True))
+        tokens = np.concatenate([rows.tokens[row, :count] for row, count in places], dtype=np.int32)
+        log_probs = np.concatenate([rows.log_probs[row, :count] for row, count in places])
+        versions = np.full(len(tokens), self._weight_version, np.int32)
+        first = 0
+        for number, index, count in zip(numbers, indices, counts, strict=True):
+            before = self._jobs[number].start_of(index).weight_versions
+            versions[first : first + len(before)] = before
+            first += count
+        columns = zip(pieces(tokens, counts), pieces(log_probs, counts), pieces(versions, counts), finish_reasons, strict=True)
+        for number, index, response in zip(numbers, indices, columns, strict=True):
+            self._jobs[number].responses[index] = _Response(*response)
+        return set(numbers)
 
     def _remove(self, gone: np.ndarray) -> None:
         sources, targets = self._rows.remove(gone)
@@ -276,10 +280,10 @@ class Decoding:
         self._params = None
 
     def _results(self, numbers: Sequence[int]) -> list[GenerateResult]:
-        """The records of requests that are over, which are forgotten; all texts are decoded in one call."""
+        """The records of requests that are over, which are forgotten."""
         jobs = [self._jobs.pop(number) for number in numbers]
         responses = [job.responses[sample] for job in jobs for sample in range(job.request.num_samples)]
-        texts = self._tokenizer.batch_decode([response.token_ids.tolist() for response in responses], skip_special_tokens=True)
+        texts = response_texts(self._tokenizer, [response.token_ids for response in responses])
         samples = iter(
             [
                 Sample(response.token_ids, response.log_probs, response.weight_versions, response.finish_reason, text)
