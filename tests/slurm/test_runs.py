@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 LOCAL = ("--cluster.backend=local", "--actor.tensor_parallel_size=1")
 JOB = ("--gpus-per-node=0", "--slurm.exclusive=false", "--time=60", "--metrics.tensorboard=false", "--eval.path=null")
-NUM_STEPS = 24
+NUM_STEPS = 60
 """Of the run that is interrupted, as soon as it makes steps, three times."""
 
 
