@@ -60,8 +60,8 @@ COMMON = {
 }
 TRANSPORTS: tuple[Transport, ...] = ("tensor", "distributed", "disk")
 NUM_RANKS = 2
-type Reports = dict[tuple[Transport, bool], list[PushReport]]
-"""By transport and whether shards were checked."""
+type Reports = dict[tuple[Transport, bool], list[tuple[PushReport, float]]]
+"""By transport and whether shards were checked; beside each report, the CPU seconds of rank 0."""
 
 
 def main(device: Literal["cpu", "cuda"] = "cpu", description: str | None = __doc__) -> None:
@@ -96,7 +96,7 @@ def main(device: Literal["cpu", "cuda"] = "cpu", description: str | None = __doc
             reports = _push(folder, endpoint, rules, arguments.transports, arguments.repetitions)
         finally:
             server.stop()
-    first = next(iter(reports.values()))[0]
+    first, _ = next(iter(reports.values()))[0]
     print(
         f"{os.cpu_count()} cores, torch {version('torch')}, sglang {version('sglang')}; {arguments.shape}, bf16, TP{NUM_RANKS} -> tp 1"
     )
@@ -104,16 +104,17 @@ def main(device: Literal["cpu", "cuda"] = "cpu", description: str | None = __doc
         f"{first.num_bytes / 1e9:.3f} GB, memcpy {first.memcpy_seconds:.3f} s ({first.num_bytes / first.memcpy_seconds / 1e9:.1f} GB/s)"
     )
     for (transport, checks_shards), of_transport in reports.items():
-        seconds = sorted(report.seconds for report in of_transport)
+        seconds = sorted(report.seconds for report, _ in of_transport)
+        cpu_seconds = statistics.median(cpu for _, cpu in of_transport)
         median = statistics.median(seconds)
         shards, check = (
-            statistics.median(getattr(report, field) for report in of_transport)
+            statistics.median(getattr(report, field) for report, _ in of_transport)
             for field in ("shard_check_seconds", "check_seconds")
         )
         print(
             f"{transport:12} {median:.2f} s (min {seconds[0]:.2f}, max {seconds[-1]:.2f}, n {len(seconds)}), of these {check:.2f} s "
             f"after the last byte; {first.num_bytes / median / 1e9:.2f} GB/s, {median / first.memcpy_seconds:.1f} x memcpy; "
-            + (f"{shards:.3f} s of shard check" if checks_shards else "no shard check")
+            f"{cpu_seconds:.2f} CPU s of rank 0, " + (f"{shards:.3f} s of shard check" if checks_shards else "no shard check")
         )
 
 
@@ -185,12 +186,13 @@ def _rank(
     for repetition in range(repetitions + 1):
         for (transport, checks_shards), of_kind in reports.items():
             number += 1
+            cpu = time.process_time()
             report = pushers[checks_shards].push(number, {endpoint: transport}, gpu_id=rank if endpoint.gpu_ids else None)
             if report is not None:
                 if report.failures:
                     raise SystemExit(f"{transport}: {report.failures}")
                 if repetition:  # the first one warms up
-                    of_kind.append(report)
+                    of_kind.append((report, time.process_time() - cpu))
     if rank == 0:
         results.put(reports)
 
