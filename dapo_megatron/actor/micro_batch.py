@@ -9,7 +9,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from dapo_megatron.models.packed import consecutive, pack_sequences
+from dapo_megatron.models.shared_prompts import SharedPrompts
 from dapo_megatron.models.spec import Implementation
 from dapo_megatron.types import MicroBatch
 
@@ -58,11 +58,7 @@ def to_tensors(
     if padding:  # a sequence of its own, so that no real token attends to it
         inputs.append(np.zeros(padding, dtype=np.int32))
         spans.append((total, padding, 0, 0))
-    prompt_starts, prompt_lengths, starts, lengths = np.array(spans).T
-    places = consecutive(_alternating(prompt_starts, starts), _alternating(prompt_lengths, lengths))
-    before = (prompt_starts + prompt_lengths - 1)[: len(samples)]  # the last prompt token predicts the first of the response
-    num_before = np.ones_like(before)
-    rows = consecutive(_alternating(before, starts[: len(samples)]), _alternating(num_before, lengths[: len(samples)]))
+    layout = SharedPrompts(*np.array(spans).T)
     targets = [sample.token_ids[sample.num_prompt_tokens :] for sample in samples]
     per_sample = np.array([(sample.advantage, sample.loss_weight, sample.on_policy) for sample in samples], np.float32)
     num_tokens = [len(response) for response in targets]
@@ -70,8 +66,8 @@ def to_tensors(
     log_probs = np.concatenate([np.zeros(0, np.float32), *(sample.rollout_log_probs for sample in samples)])
     return MicroBatchTensors(
         input_ids=_long(inputs, device)[None],
-        packed=_packed(places, prompt_lengths + lengths, device, implementation),
-        rows=torch.from_numpy(rows).to(device),
+        packed=_packed(layout, device, implementation),
+        rows=torch.from_numpy(layout.predicting_places(len(samples))).to(device),
         targets=_long(targets, device),
         advantages=advantages,
         loss_weights=loss_weights,
@@ -84,13 +80,10 @@ def _long(parts: list[np.ndarray], device: torch.device) -> Tensor:
     return torch.from_numpy(np.concatenate([np.zeros(0, np.int32), *parts], dtype=np.int64)).to(device)
 
 
-def _alternating(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    return np.stack((first, second), axis=1).ravel()
-
-
-def _packed(places: np.ndarray, lengths: np.ndarray, device: torch.device, implementation: Implementation) -> PackedSeqParams:
+def _packed(layout: SharedPrompts, device: torch.device, implementation: Implementation) -> PackedSeqParams:
     if implementation == "local":
-        return pack_sequences(places, lengths, device)
+        return layout.pack(device)
+    lengths = layout.sequence_lengths
     boundaries = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device)
     return PackedSeqParams(
         qkv_format="thd",

@@ -53,11 +53,14 @@ class PackedSelfAttention(MegatronModule):
         slots = [_rows(x.flatten(1), packed_seq_params.gather).unflatten(1, x.shape[-2:]) for x in (query, key, value)]
         grouped = query.shape[-2] != key.shape[-2]
         outputs, first = [], 0
-        for num_sequences, longest in packed_seq_params.tile_shapes:
+        masks = packed_seq_params.tile_masks or (None,) * len(packed_seq_params.tile_shapes)
+        for (num_sequences, longest), mask in zip(packed_seq_params.tile_shapes, masks, strict=True):
             last = first + num_sequences * longest
             q, k, v = (x[first:last].unflatten(0, (num_sequences, longest)).transpose(1, 2) for x in slots)
             # Right padding needs no mask: under causal attention no real token looks at a later slot.
-            out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
+            out = scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=grouped
+            )
             outputs.append(out.transpose(1, 2).flatten(0, 1))
             first = last
         joined = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
