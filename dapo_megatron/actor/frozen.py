@@ -13,7 +13,7 @@ from dapo_megatron.actor import checkpoint, parallel
 from dapo_megatron.actor.live_weights import live_boxes
 from dapo_megatron.actor.policy import build_modules
 from dapo_megatron.actor.weight_pusher import configured_pusher, transports
-from dapo_megatron.actor.weight_sender import WeightSender
+from dapo_megatron.actor.weight_sender import WeightSender, configured_sender
 from dapo_megatron.config.schema import Config
 from dapo_megatron.models.architecture import Architecture
 from dapo_megatron.types import CheckpointError, EngineEndpoint
@@ -33,7 +33,6 @@ class FrozenActor:
         self._device = parallel.initialize(config, rank=rank, init_method=init_method)
         self.mapping = compile_mapping(hf_config)
         self._modules, _ = build_modules(Architecture.from_hf(hf_config), config, self._device)
-        self._bucket_bytes = config.rollout.weight_bucket_mib * 2**20
         self._sender: WeightSender | None = None
 
     def load_weights(self, directory: Path, digests: Mapping[str, FileDigest]) -> None:
@@ -43,7 +42,7 @@ class FrozenActor:
         """
         checkpoint.check_files(directory, digests)
         checkpoint.load_weights(self._modules, directory)
-        self._sender = WeightSender(self.mapping, live_boxes(self._modules), self._bucket_bytes)
+        self._sender = configured_sender(self._config, self.mapping, self._modules)
 
     def send_weights(self, version: int) -> Iterator[WeightBucket | WeightManifest]:
         """The weights in HF layout: buckets, then the manifest with fingerprints. Yields on rank 0 only."""

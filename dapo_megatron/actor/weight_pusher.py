@@ -75,6 +75,7 @@ class WeightPusher:
             whole_tensors=True,
             dtype=getattr(torch, rules.dtype),
             check_shards=rules.check_shards,
+            compare_copies=rules.compare_copies,
         )
         self._device = live[0].data.device
         self._buckets = [self._layout(plan) for plan in self._sender.plan.buckets]
@@ -229,6 +230,7 @@ def configured_pusher(config: Config, mapping: ModelMapping, live: Sequence[Live
     num_bytes = sum(math.prod(shape) for shape in mapping.hf_tensors.values()) * WIRE_ITEMSIZE[dtype]
     rules = PushRules(
         bucket_bytes=config.rollout.weight_bucket_mib * 2**20,
+        compare_copies=config.rollout.compare_weight_copies,
         dtype=dtype,
         directory=_directory_of_run(config, engine.weight_sync_dir),
         timeout_seconds=engine.health_deadline_seconds,

@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
+from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from dapo_megatron.actor.live_weights import LiveBox
+from dapo_megatron.actor.live_weights import LiveBox, live_boxes
 from dapo_megatron.actor.shard_check import ShardCheck
+from dapo_megatron.config.schema import Config
 from dapo_megatron.weights.plan import ModelMapping
 from dapo_megatron.weights.sync import (
     BucketPlan,
@@ -116,6 +118,13 @@ class WeightSender:
         start = piece.byte_offset // self._dtype.itemsize
         count = piece.num_bytes // self._dtype.itemsize
         return payload[start : start + count].view(piece.num_rows, *self._mapping.hf_tensors[piece.name][1:])
+
+
+def configured_sender(config: Config, mapping: ModelMapping, modules: Sequence[GPTModel]) -> WeightSender:
+    """The sender of a run with embedded engines; collective."""
+    rollout = config.rollout
+    bucket_bytes = rollout.weight_bucket_mib * 2**20
+    return WeightSender(mapping, live_boxes(modules), bucket_bytes, compare_copies=rollout.compare_weight_copies)
 
 
 def _num_elements(chunk: SendChunk) -> int:

@@ -23,7 +23,7 @@ from dapo_megatron.actor.optimizer import learning_rate, set_schedule
 from dapo_megatron.actor.policy import Policy, build_modules, wrap
 from dapo_megatron.actor.step import LossStatistics, compute_log_probs, train_micro_batches
 from dapo_megatron.actor.weight_pusher import WeightPusher, configured_pusher, transports
-from dapo_megatron.actor.weight_sender import WeightSender
+from dapo_megatron.actor.weight_sender import configured_sender
 from dapo_megatron.config.schema import Config
 from dapo_megatron.models.architecture import Architecture
 from dapo_megatron.types import CheckpointError, EngineEndpoint, NumericsError, OptimizerStepBatch, TrainBatch
@@ -55,7 +55,7 @@ class ActorWorker:
         modules, settings = build_modules(architecture, config, self._device)
         load_hf(modules, self.mapping, config.model.path)
         self.policy: Policy = wrap(modules, settings, architecture, config)
-        self._sender = WeightSender(self.mapping, live_boxes(modules), config.rollout.weight_bucket_mib * 2**20)
+        self._sender = configured_sender(config, self.mapping, modules)
         self._pusher: WeightPusher | None = None
         self.memory = OffloadedMemory(self.policy, self._device) if config.actor.offload else ActorMemory()
 

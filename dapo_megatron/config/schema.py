@@ -320,6 +320,9 @@ class RolloutConfig(Section):
     with train.rollout_lag."""
     weight_bucket_mib: PositiveInt = 512
     """Size of one piece of the weight sync, in MiB."""
+    compare_weight_copies: bool = True
+    """End the run at the weight sync when ranks that hold the same weights (data-parallel ones, norms of tensor-parallel ones) differ in a
+    bit. False where kernels are known to let them drift: then what the first of them holds is sent."""
 
 
 class EvalConfig(Section):

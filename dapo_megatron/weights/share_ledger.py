@@ -98,7 +98,10 @@ class ShareLedger:
             sentences.append(f"{len(misplaced)} tensors were not gathered as their ranks hold them: {shown}")
         if diverged:
             shown = self._shown(sorted(diverged), diverged)
-            sentences.append(f"{len(diverged)} tensors differ between ranks that hold copies of them: {shown}")
+            sentences.append(
+                f"{len(diverged)} tensors differ between ranks that hold copies of them: {shown} (rollout.compare_weight_copies false, "
+                "where kernels are known to let them drift)"
+            )
         return sentences
 
     def _owners_of(self, tensor: int) -> set[int]:

@@ -28,7 +28,9 @@ class PushRules:
     check_hashes: bool = True
     """Compare what the engines hold with what was sent."""
     check_shards: bool = True
-    """Compare what was gathered with what the ranks hold, and ranks that hold copies with each other (`actor/shard_check.py`)."""
+    """Compare what was gathered with what the ranks hold (`actor/shard_check.py`)."""
+    compare_copies: bool = True
+    """In it, compare ranks that hold copies with each other."""
 
 
 @dataclass(frozen=True, slots=True)
