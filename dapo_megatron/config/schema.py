@@ -257,6 +257,10 @@ class SglangEngineConfig(Section):
     """Size of the KV cache, in tokens. None: what mem_fraction_static leaves; 65536 where there is no GPU."""
     stream_interval_tokens: PositiveInt = 32
     """The controller hears of new tokens in pieces of this size; what it has heard of survives the engine."""
+    pause_mode: Literal["retract", "in_place"] = "retract"
+    """How engines that keep their memory wait for new weights with the samples of rollout.partial_rollout. retract: the KV cache is
+    computed again under them; log-probs are those of the version they name. in_place: it stays, of the older weights; nothing is
+    computed again, and log-probs are those of the new weights over the old cache."""
     return_routed_experts: bool = False
     """Keep with each sample the experts that its tokens went to, layers x top_k bytes a token (twice that beyond 256 experts). Needs a
     model with experts. Nothing is done with them yet."""
@@ -310,7 +314,8 @@ class RolloutConfig(Section):
     in_flight_margin: float = Field(0.0, ge=0)
     """streaming: share of groups in flight beyond what the running acceptance rate calls for."""
     partial_rollout: bool = False
-    """streaming: groups that are unfinished when a step is full go on in the next, under the new weights. False: they start again."""
+    """streaming: groups that are unfinished when a step is full go on in the next, under the new weights. False: they start again. Engines
+    are paused meanwhile (engine.pause_mode); those that share GPUs with the actor, and the embedded one, compute their prefixes again."""
     max_over_sampling: float = Field(8.0, ge=1)
     """Groups generated for one step, in multiples of num_prompts_per_step."""
     on_limit: Literal["smaller_step", "error"] = "smaller_step"

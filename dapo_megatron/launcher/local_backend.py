@@ -20,7 +20,7 @@ from dapo_megatron.config.schema import Config, HfEngineConfig
 from dapo_megatron.launcher.backends import Ranks
 from dapo_megatron.launcher.rank import build_rank
 from dapo_megatron.launcher.stall import ProcessPlace
-from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult
+from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult, HoldsNothing
 from dapo_megatron.types import TrainBatch
 from dapo_megatron.weights.file_digest import FileDigest
 from dapo_megatron.weights.sync import WeightBucket, WeightManifest
@@ -85,7 +85,7 @@ def _build_worker(config: Config, ranks: Ranks) -> Any:
         return build_rank(config, rank=0, init_method=f"file://{folder}/rendezvous", frozen=ranks == "frozen")
 
 
-class LocalEngine:
+class LocalEngine(HoldsNothing):
     """The embedded engine with the controller's names for its calls."""
 
     def __init__(self, engine: HfEngine):

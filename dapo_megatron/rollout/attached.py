@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from dapo_megatron.config.schema import SglangEngineConfig
 from dapo_megatron.rollout.sglang_engine import SglangEngine
+from dapo_megatron.rollout.sglang_server import IN_PLACE_WATCHDOG_SECONDS
 from dapo_megatron.types import EngineEndpoint, EngineError, EngineLostError
 
 CALL_SECONDS = 60.0
@@ -44,6 +45,7 @@ class Reattach:
 
 async def _answers(client: SglangEngine) -> bool:
     try:
+        await client.resume(CALL_SECONDS)  # a server that is paused answers nothing else
         return await client.is_healthy(CALL_SECONDS)
     except EngineLostError:
         return False
@@ -56,15 +58,20 @@ async def _attach(config: SglangEngineConfig, index: int) -> EngineEndpoint:
     client = SglangEngine(found)
     try:
         info: dict[str, Any] = await client.get("/server_info", timeout_seconds=CALL_SECONDS)
+        await client.resume(CALL_SECONDS)  # a run that was killed may have left it paused
     finally:
         await client.close()
     wanted = _NEEDED | {"tp_size": config.tensor_parallel_size}
     if config.return_routed_experts:
         wanted |= {"enable_return_routed_experts": True}
     wrong = [f"{name} {info.get(name)} instead of {value}" for name, value in wanted.items() if info.get(name) != value]
+    pauses = config.pause_mode == "in_place"
+    if pauses and (info.get("watchdog_timeout") or 0) < IN_PLACE_WATCHDOG_SECONDS:
+        wrong.append(f"watchdog_timeout {info.get('watchdog_timeout')}, which ends a server that is paused in place for longer")
     if wrong:
         flags = f"--skip-tokenizer-init --incremental-streaming-output --tp-size {config.tensor_parallel_size}"
         flags += " --enable-return-routed-experts" if config.return_routed_experts else ""
+        flags += f" --watchdog-timeout {IN_PLACE_WATCHDOG_SECONDS}" if pauses else ""
         raise EngineError(f"the server at {url} was started with {', '.join(wrong)}; start it with {flags}.")
     device: Literal["cpu", "cuda"] = "cpu" if info.get("device") == "cpu" else "cuda"
     return EngineEndpoint(found.name, url, config.tensor_parallel_size, device, found.node, key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -106,6 +107,30 @@ class Generator(Protocol):
         What an aborted sample holds (perhaps no token) may go on later as `GenerateRequest.started`, under other weights too. Requests
         that are unknown or finished are ignored.
         """
+
+    async def hold(self, request_ids: Collection[int]) -> None:
+        """As `abort`, but the engine may keep what it has computed for them: one that comes again with the samples that it was yielded
+        with as `started` goes on from there, under the weights of then. No other request may be in work.
+        """
+
+    async def let_go(self, request_ids: Collection[int]) -> int:
+        """Held requests will not come again; how many tokens of them came after they were yielded. Unknown ones are ignored."""
+
+
+class HoldsNothing(ABC):
+    """An engine that keeps nothing of an aborted request: it is computed again when it goes on."""
+
+    @abstractmethod
+    async def abort(self, request_ids: Collection[int]) -> None:
+        """See `Generator.abort`."""
+
+    async def hold(self, request_ids: Collection[int]) -> None:
+        """See `Generator.hold`."""
+        await self.abort(request_ids)
+
+    async def let_go(self, request_ids: Collection[int]) -> int:
+        """See `Generator.let_go`."""
+        return 0
 
 
 class Engine(Generator, Protocol):

@@ -12,6 +12,10 @@ Engines that share devices with the actor take turns with it, in this order; non
 
     rollout ──> release KV cache and weights ──> the actor trains ──> take back weights ──> they are updated
             ──> take back KV cache ──> rollout
+
+Engines with devices of their own may be paused instead, with the requests that they work on: their streams stay open, and what was sampled
+goes on after the update. A paused server answers no look at its health: until it is to generate again, only a connection that
+breaks, or a call that fails, tells that it is lost.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -33,6 +38,8 @@ RETRY_SECONDS = 2.0
 """Between two attempts to bring an engine back."""
 CALL_SECONDS = 60.0
 """Deadline of a short call."""
+FAREWELL_SECONDS = 10.0
+"""Deadline of the last calls to a server, which nothing depends on."""
 
 logger = logging.getLogger(__name__)
 
@@ -103,8 +110,10 @@ class Fleet:
         """Of all engines that serve."""
         self.num_lost = 0
         """Engines lost so far."""
+        self.is_paused = False
         self._changed = asyncio.Event()
         self._updating = asyncio.Lock()
+        self._pausing = asyncio.Lock()
         self._engines_turn = asyncio.Event()
         self._engines_turn.set()
         self._num_starting = 0
@@ -136,6 +145,8 @@ class Fleet:
         self.notify()
         streams = [stream for life in self.lives for stream in life.streams]
         await end([*self._background, *self._watchers.values(), *streams])
+        if self.is_paused:  # a server of somebody else must not be left so
+            await asyncio.gather(*map(self._part_from, self.serving))
         await asyncio.gather(*(life.client.close() for life in self.lives))
 
     def check(self) -> None:
@@ -147,6 +158,28 @@ class Fleet:
         """Wake all that wait for a change."""
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+
+    async def pause(self) -> None:
+        """Stop generation everywhere, as `rollout.engine.pause_mode` says, until `resume`; requests and their streams stay."""
+        async with self._pausing:
+            if not self.is_paused:
+                self.unwatch()
+                self.is_paused = True
+                mode = self._config.pause_mode
+                await self._on_each(self.serving, lambda life: life.client.pause(mode, CALL_SECONDS))
+
+    async def resume(self) -> None:
+        """End a pause."""
+        async with self._pausing:
+            if self.is_paused:
+                await self._on_each(self.serving, lambda life: life.client.resume(CALL_SECONDS))
+                self.is_paused = False
+                self.notify()
+
+    async def wait_for_resume(self) -> None:
+        """Until the pause may have ended, or `notify`."""
+        if self.is_paused:
+            await self._changed.wait()
 
     async def wait_for_change(self) -> None:
         """Until an engine changes its state, or `notify`. EngineError past the deadline without any engine that serves."""
@@ -307,7 +340,8 @@ class Fleet:
         held = await life.client.weight_version(CALL_SECONDS)
         if held != version:
             raise EngineError(f"{life.name} holds weight version {held} after an update to version {version}; look at its log.")
-        await life.client.flush_cache(CALL_SECONDS)
+        if not (self.is_paused and self._config.pause_mode == "in_place"):  # the cache is in use, and prefixes have keys
+            await life.client.flush_cache(CALL_SECONDS, waits=not self.is_paused)
         if life.state is State.LOST:
             return
         if life.state is State.FRESH:
@@ -316,6 +350,10 @@ class Fleet:
         if self._watching:
             self._begin_to_watch(life)
         self.notify()
+
+    async def _part_from(self, life: EngineLife) -> None:
+        with suppress(EngineError):
+            await life.client.resume(FAREWELL_SECONDS)
 
     def _begin_to_watch(self, life: EngineLife) -> None:
         if life not in self._watchers:

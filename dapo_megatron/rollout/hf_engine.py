@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from dapo_megatron.config.schema import HfEngineConfig
 from dapo_megatron.rollout.decoding import Decoding
-from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult
+from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult, HoldsNothing
 from dapo_megatron.rollout.kv_cache import ATTENTION, register_attention
 from dapo_megatron.types import EngineError
 from dapo_megatron.weights.receiver import BucketReceiver
@@ -32,7 +32,7 @@ class _Call:
     arrived: asyncio.Queue[list[GenerateResult] | BaseException] = field(default_factory=asyncio.Queue)
 
 
-class HfEngine:
+class HfEngine(HoldsNothing):
     """Implements `Engine`. Everything that touches the model runs in one worker thread, so the event loop stays free.
 
     Calls of generate() overlap: their requests decode together. A weight update while one runs raises EngineError at once. Closing

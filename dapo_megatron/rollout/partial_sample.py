@@ -23,8 +23,12 @@ class PartialSample:
         if self.finish_reason == "abort":
             self.finish_reason = None
         self._routed = [started.routed_experts] if started and started.routed_experts is not None else []
-        self.num_tokens_redrawn = 0
-        """Tokens thrown away here, which are drawn again."""
+        self._num_redrawn = 0
+
+    def take_redrawn(self) -> int:
+        """Tokens thrown away here since this was asked last; they are drawn again."""
+        number, self._num_redrawn = self._num_redrawn, 0
+        return number
 
     @property
     def is_finished(self) -> bool:
@@ -60,7 +64,7 @@ class PartialSample:
             self.finish_reason = "length"
         if self.is_finished and self._experts is not None and self.num_routed < self._num_computed:
             self.finish_reason = None
-            self.num_tokens_redrawn += 1
+            self._num_redrawn += 1
             for column in (self.token_ids, self.log_probs, self.weight_versions):
                 column.pop()
 
@@ -69,7 +73,7 @@ class PartialSample:
         if all(version == weight_version for version in self.weight_versions):
             return 0
         num_tokens = len(self.token_ids)
-        self.num_tokens_redrawn += num_tokens
+        self._num_redrawn += num_tokens
         self.token_ids, self.log_probs, self.weight_versions, self._routed = [], [], [], []
         return num_tokens
 

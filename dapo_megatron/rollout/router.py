@@ -5,6 +5,13 @@
 
 A group stays together, so that its prompt is computed once. `fleet.py` brings lost engines back. Sampling under SGLang is not
 reproducible bit by bit: `GenerateRequest.seed` has no effect.
+
+    in work ──(hold)──> held: the engines are paused, the streams stay open, nobody waits for the samples
+       ^                  │ weights are updated, also more than once
+       └──(the request comes again, with the samples that were given out)──┘
+
+The pause ends with the next request, whosever it is: held ones go on beside an evaluation. A request of which no token has come is not held
+but aborted, so that every held one has a token that names the weights from before: its group never counts as on-policy.
 """
 
 from __future__ import annotations
@@ -15,15 +22,26 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from dapo_megatron.config.schema import SglangEngineConfig
 from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult
-from dapo_megatron.rollout.fleet import CALL_SECONDS, EngineLife, Fleet, Restart, UpdateReport, WeightKeeper, end
+from dapo_megatron.rollout.fleet import (
+    CALL_SECONDS,
+    FAREWELL_SECONDS,
+    EngineLife,
+    Fleet,
+    Restart,
+    UpdateReport,
+    WeightKeeper,
+    end,
+)
 from dapo_megatron.rollout.partial_sample import PartialSample
 from dapo_megatron.rollout.routed_experts import ExpertShape
 from dapo_megatron.rollout.sglang_engine import Piece
-from dapo_megatron.types import EngineEndpoint, EngineError, EngineLostError
+from dapo_megatron.types import EngineEndpoint, EngineError, EngineLostError, Sample
 
 ABORT_POLL_SECONDS = 0.5
 """An abort that overtakes its request has no effect on the server, so it is repeated."""
@@ -42,18 +60,40 @@ Decode = Callable[[list[list[int]]], list[str]]
 
 @dataclass(eq=False, slots=True)
 class _Flight:
-    """A request in work. `rids` are those of the current attempt, by sample."""
+    """A request in work, or held. `rids` and `versions` are those of the current attempt."""
 
     request: GenerateRequest
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    partials: tuple[PartialSample, ...]
+    work: asyncio.Task[GenerateResult] = field(init=False)
+    """Brings the samples to their end."""
+    put_down: asyncio.Future[None] = field(init=False)
+    """Done when the request is held, and not waited for any more."""
+    given: tuple[Sample, ...] = ()
+    """What was given out when it was held."""
     life: EngineLife | None = None
     stream: asyncio.Task[None] | None = None
     rids: tuple[str, ...] = ()
+    """By sample."""
+    versions: list[int] = field(default_factory=list)
+    """Of the weights that its engine has had."""
     aborted: bool = False
     num_losses: int = 0
     """Since the last token that came."""
     num_aborts: int = 0
     """By engines, of their own accord."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether no engine is needed any more."""
+        return all(partial.is_finished for partial in self.partials)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(partial.token_ids) for partial in self.partials)
+
+    def take_redrawn(self) -> int:
+        """Tokens that were thrown away since this was asked last."""
+        return sum(partial.take_redrawn() for partial in self.partials)
 
 
 class Router:
@@ -68,16 +108,19 @@ class Router:
         restart: Restart,
         keeper: WeightKeeper | None = None,
         mixes_versions: bool = False,
+        may_pause: bool = False,
         experts: ExpertShape | None = None,
     ):
         """`keeper` None: the engines keep the weights they were started with.
 
         `mixes_versions`: where an engine comes back with newer weights, samples go on under them; else they begin again, but for
-        those of a request that had been started before. `experts`: samples have routed experts, of this shape.
+        those of a request that had been started before. `may_pause`: engines keep their memory between rollouts, so that requests
+        can be held; else `hold` aborts. `experts`: samples have routed experts, of this shape.
         """
         self._fleet = Fleet(endpoints, config, restart, keeper)
-        self._decode, self._mixes_versions, self._experts = decode, mixes_versions, experts
+        self._decode, self._mixes_versions, self._may_pause, self._experts = decode, mixes_versions, may_pause, experts
         self._flights: dict[int, _Flight] = {}
+        self._held: dict[int, _Flight] = {}
         self._names = itertools.count()
         self._prefix = secrets.token_hex(4)
         self._mean_response_tokens: float | None = None
@@ -114,11 +157,10 @@ class Router:
                 f"weight version {self._half_sent} has not reached the engines, which may hold a mixture; update_weights() must "
                 "end well before generate()."
             )
-        flights = {request.request_id: _Flight(request) for request in requests}
-        if twice := flights.keys() & self._flights.keys() or len(flights) < len(requests):
-            raise EngineError(f"request ids must differ among running requests, but do not: {twice}; number them anew.")
-        self._flights |= flights
-        pending = {asyncio.create_task(self._complete(flight)) for flight in flights.values()}
+        await self._fleet.resume()
+        flights = self._take_up(requests)
+        self._fleet.watch()
+        pending = {asyncio.create_task(self._answer(flight)) for flight in flights}
         try:
             while pending:
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
@@ -126,24 +168,48 @@ class Router:
                     yield task.result()
         finally:
             await end(pending)
-            for flight in flights.values():  # a task that was cancelled before it began has not taken its own out
+            left = [flight for flight in flights if self._flights.get(flight.request.request_id) is flight]
+            await end([flight.work for flight in left])
+            for flight in left:
                 self._land(flight)
 
     async def abort(self, request_ids: Collection[int]) -> None:
         """See `Generator.abort`; returns when the requests have ended."""
-        flights = [flight for request_id in request_ids if (flight := self._flights.get(request_id))]
+        flights = self._in_work(request_ids)
         for flight in flights:
             flight.aborted = True
         self._fleet.notify()
-        ended = [asyncio.create_task(flight.ended.wait()) for flight in flights]
+        works = [flight.work for flight in flights]
         tellers = [asyncio.create_task(self._tell_server(flight)) for flight in flights]
         try:
-            if flights and (await asyncio.wait(ended, timeout=ABORT_DEADLINE_SECONDS))[1]:
+            if works and (await asyncio.wait(works, timeout=ABORT_DEADLINE_SECONDS))[1]:
                 for flight in flights:
                     self._give_up(flight)
-                await asyncio.wait(ended)
+                await asyncio.wait(works)
         finally:
-            await end([*ended, *tellers])
+            await end(tellers)
+
+    async def hold(self, request_ids: Collection[int]) -> None:
+        """See `Generator.hold`. Pauses the engines, so no other request may be in work: EngineError when one is."""
+        flights = self._in_work(request_ids)
+        begun = [flight for flight in flights if self._may_pause and flight.num_tokens]
+        await self.abort([flight.request.request_id for flight in flights if flight not in begun])
+        if not begun:
+            return
+        if others := [number for number, flight in self._flights.items() if number not in request_ids and not flight.is_finished]:
+            raise EngineError(f"requests {others} are in work and would be paused with those that are held; abort them first.")
+        await self._fleet.pause()
+        for flight in self._in_work(request_ids):
+            if flight in begun:
+                flight.put_down.set_result(None)
+                self._held[flight.request.request_id] = self._flights.pop(flight.request.request_id)
+
+    async def let_go(self, request_ids: Collection[int]) -> int:
+        """See `Generator.let_go`; the samples end on their servers."""
+        flights = [self._held.pop(request_id) for request_id in request_ids if request_id in self._held]
+        await asyncio.gather(*map(self._drop, flights))
+        num_given = sum(len(sample.token_ids) for flight in flights for sample in flight.given)
+        return sum(flight.num_tokens + flight.take_redrawn() for flight in flights) - num_given
 
     async def release_memory(self) -> None:
         """Leave the GPUs to the actor until the next `update_weights`; see `Fleet.release_memory`. EngineError while a request is in work."""
@@ -153,57 +219,116 @@ class Router:
     async def update_weights[Report: UpdateReport](
         self, version: int, push: Callable[[Sequence[EngineEndpoint]], Awaitable[Report]]
     ) -> Report:
-        """See `Fleet.update_weights`. EngineError while a request is in work: it would draw from a mixture of two versions."""
+        """See `Fleet.update_weights`. EngineError while a request is in work: it would draw from a mixture of two versions.
+
+        Held ones take the update under the pause, and are paused for it where they have gone on.
+        """
         self._require_idle("weights are updated")
+        if self._held:
+            await self._fleet.pause()
         self._half_sent = version
         report = await self._fleet.update_weights(version, push)
         self._half_sent = None
+        for flight in self._held.values():
+            flight.versions.append(self.weight_version)
         return report
 
     async def close(self) -> None:
-        """End what runs in the background and close the connections."""
+        """End what is held and what runs in the background, and close the connections; no server is left paused."""
+        held, self._held = self._held, {}
+        await asyncio.gather(*map(self._drop, held.values()))
         await self._fleet.close()
 
     def _require_idle(self, what_is_done: str) -> None:
         if self._flights:
             raise EngineError(f"{len(self._flights)} requests are in work; {what_is_done} between rollouts only.")
 
+    def _in_work(self, request_ids: Collection[int]) -> list[_Flight]:
+        return [flight for request_id in request_ids if (flight := self._flights.get(request_id))]
+
+    def _take_up(self, requests: Sequence[GenerateRequest]) -> list[_Flight]:
+        """Put requests in work: new ones, and those that were held."""
+        ids = [request.request_id for request in requests]
+        if twice := [number for number in ids if number in self._flights or ids.count(number) > 1]:
+            raise EngineError(f"request ids must differ among running requests, but do not: {twice}; number them anew.")
+        held = [self._held.get(request.request_id) if request.started else None for request in requests]
+        for request, flight in zip(requests, held, strict=True):
+            if flight is not None and flight.given != request.started:
+                raise EngineError(f"request {request.request_id} is held with other samples than it comes with; let it go first.")
+        flights = [flight or self._begin(request) for request, flight in zip(requests, held, strict=True)]
+        for flight, was_held in zip(flights, held, strict=True):
+            if was_held is not None:
+                del self._held[flight.request.request_id]
+            flight.put_down = asyncio.get_running_loop().create_future()
+            self._flights[flight.request.request_id] = flight
+        return flights
+
+    def _begin(self, request: GenerateRequest) -> _Flight:
+        started = request.started or (None,) * request.num_samples
+        partials = tuple(PartialSample(request.prompt_token_ids, sample, self._experts) for sample in started)
+        flight = _Flight(request, partials)
+        flight.work = asyncio.create_task(self._complete(flight))
+        return flight
+
+    async def _answer(self, flight: _Flight) -> GenerateResult:
+        """The samples at their end or, when the request is held before, what there is of them."""
+        either: list[asyncio.Future[Any]] = [flight.work, flight.put_down]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if flight.is_finished:  # in the moment of the hold
+            await asyncio.wait({flight.work})
+        if not flight.put_down.done():
+            self._land(flight)
+        elif not flight.work.done():
+            return await self._give_out(flight)
+        else:
+            self._held.pop(flight.request.request_id, None)
+        return flight.work.result()
+
+    async def _give_out(self, flight: _Flight) -> GenerateResult:
+        """The samples as they are now, to which they are added when the request comes again."""
+        samples, num_redrawn = [partial.sample("") for partial in flight.partials], flight.take_redrawn()
+        texts = await asyncio.to_thread(self._decode, [sample.token_ids.tolist() for sample in samples])
+        flight.given = tuple(replace(sample, text=text) for sample, text in zip(samples, texts, strict=True))
+        return GenerateResult(flight.request.request_id, flight.given, num_redrawn)
+
     async def _complete(self, flight: _Flight) -> GenerateResult:
         """One request to its end, over as many engines as it takes."""
-        request = flight.request
-        started = request.started or (None,) * request.num_samples
-        partials = [PartialSample(request.prompt_token_ids, sample, self._experts) for sample in started]
-        self._fleet.watch()
-        try:
-            while not flight.aborted and (unfinished := [partial for partial in partials if not partial.is_finished]):
-                life = await self._pick(flight)
-                if life is None:
-                    break
-                await self._attempt(flight, life, unfinished)
-                for partial in partials:
-                    partial.finish_if_complete(request.params)
-            texts = await asyncio.to_thread(self._decode, [partial.token_ids for partial in partials])
-            self._remember(partials)
-            samples = tuple(partial.sample(text) for partial, text in zip(partials, texts, strict=True))
-            return GenerateResult(request.request_id, samples, sum(partial.num_tokens_redrawn for partial in partials))
-        finally:
-            self._land(flight)
+        request, partials = flight.request, flight.partials
+        while not flight.aborted and (unfinished := [partial for partial in partials if not partial.is_finished]):
+            life = await self._pick(flight)
+            if life is None:
+                break
+            await self._attempt(flight, life, unfinished)
+            for partial in partials:
+                partial.finish_if_complete(request.params)
+        texts = await asyncio.to_thread(self._decode, [partial.token_ids for partial in partials])
+        self._remember(partials)
+        samples = tuple(partial.sample(text) for partial, text in zip(partials, texts, strict=True))
+        return GenerateResult(request.request_id, samples, flight.take_redrawn())
 
     def _land(self, flight: _Flight) -> None:
         """The request is no longer in work; engines are watched only while one is."""
-        if self._flights.get(flight.request.request_id) is flight:
-            del self._flights[flight.request.request_id]
-        flight.ended.set()
+        del self._flights[flight.request.request_id]
         if not self._flights:
             self._fleet.unwatch()
+
+    async def _drop(self, flight: _Flight) -> None:
+        """Give a held request up, here and on its server."""
+        if flight.life is not None:
+            with suppress(EngineLostError):  # which others will notice
+                await asyncio.gather(*(flight.life.client.abort(rid, FAREWELL_SECONDS) for rid in flight.rids))
+        await end([flight.work])
 
     async def _pick(self, flight: _Flight) -> EngineLife | None:
         """The serving engine with the least to do, awaited if there is none; None when the request is aborted meanwhile."""
         while not flight.aborted:
             self._fleet.check()
-            if serving := self._fleet.serving:
+            if self._fleet.is_paused:
+                await self._fleet.wait_for_resume()
+            elif serving := self._fleet.serving:
                 return min(serving, key=lambda life: life.outstanding_tokens)
-            await self._fleet.wait_for_change()
+            else:
+                await self._fleet.wait_for_change()
         return None
 
     async def _attempt(self, flight: _Flight, life: EngineLife, partials: Sequence[PartialSample]) -> None:
@@ -215,6 +340,7 @@ class Router:
                 logger.warning(
                     f"request {request.request_id} begins again with weight version {version}: {num_dropped} tokens are dropped"
                 )
+        flight.versions = [version]
         number = next(self._names)
         # The server takes an id for the prefix of others: no id may begin another one.
         flight.rids = tuple(f"{self._prefix}-{number}-{index}-" for index in range(len(partials)))
@@ -226,10 +352,12 @@ class Router:
 
         def take(index: int, piece: Piece) -> None:
             life.last_sign, flight.num_losses = time.monotonic(), 0
-            if any(of_token != version for of_token in piece.weight_versions):
+            of_sample = [*partials[index].weight_versions[-1:], *piece.weight_versions]
+            if not set(piece.weight_versions) <= set(flight.versions) or of_sample != sorted(of_sample):
+                found, held = ", then ".join(map(str, dict.fromkeys(of_sample))), ", then ".join(map(str, flight.versions))
                 raise EngineError(
-                    f"{life.name} sampled with weight version {max(piece.weight_versions)}, but the engines hold version "
-                    f"{version}; only this run may update its engines."
+                    f"{life.name} sampled with weight version {found}, but the engines hold version {held}; only this run may update "
+                    "its engines."
                 )
             partials[index].extend(piece, routed_from or 0)
             num_tokens, limit = len(partials[index].token_ids), request.params.max_response_tokens
@@ -242,7 +370,8 @@ class Router:
             if piece.finish_reason == "abort":
                 reasons.append(piece.reason)
 
-        stream = asyncio.create_task(life.client.stream(continuations, request.params, take, routed_from))
+        key = f"weights {version}"  # no prefix of older weights, which a cache in use still holds after an update
+        stream = asyncio.create_task(life.client.stream(continuations, request.params, take, routed_from, key))
         flight.life, flight.stream = life, stream
         life.streams.add(stream)
         life.outstanding_tokens += expected

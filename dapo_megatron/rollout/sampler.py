@@ -8,6 +8,7 @@ Groups accepted beyond the need are the surplus: the next step takes them first,
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 from abc import ABC, abstractmethod
@@ -127,8 +128,10 @@ class Sampler(ABC):
 
         Raises SignalError there with `on_limit: error`.
         """
-        step = StepLedger(num_wanted=num_groups, limit=math.floor(self._rules.max_over_sampling * num_groups))
-        self._drop_stale(step)
+        limit = math.floor(self._rules.max_over_sampling * num_groups)
+        oldest_allowed = self._weight_version() + self._rules.lag - self._rules.max_staleness
+        step = StepLedger(num_wanted=num_groups, limit=limit, oldest_allowed=oldest_allowed)
+        await self._drop_stale(step)
         await self._fill(step)
         batch, self._surplus = step.accepted[:num_groups], step.accepted[num_groups:]
         if len(batch) < num_groups:
@@ -142,28 +145,36 @@ class Sampler(ABC):
     async def _fill(self, step: StepLedger) -> None:
         """Generate and judge groups until the step has what it wants, or has submitted as many as it may."""
 
-    def _drop_stale(self, step: StepLedger) -> None:
+    def _weight_version(self) -> int:
+        versions = {engine.weight_version for engine in self._engines}
+        if len(versions) != 1:
+            raise EngineError(f"Engines hold weight versions {sorted(versions)}; send one version to all before collect().")
+        return versions.pop()
+
+    async def _drop_stale(self, step: StepLedger) -> None:
         """Take the surplus that may still be trained on; an unfinished group with tokens that may not starts again.
 
         So does one that a run with `partial_rollout` has left to a run without.
         """
-        versions = {engine.weight_version for engine in self._engines}
-        if len(versions) != 1:
-            raise EngineError(f"Engines hold weight versions {sorted(versions)}; send one version to all before collect().")
-        oldest_allowed = versions.pop() + self._rules.lag - self._rules.max_staleness
         for group in self._surplus:
-            (step.accepted if group.oldest_weight_version >= oldest_allowed else step.stale).append(group)
+            (step.accepted if group.oldest_weight_version >= step.oldest_allowed else step.stale).append(group)
+        dropped = set()
         for place, unfinished in enumerate(self._unfinished):
             oldest = unfinished.oldest_weight_version
             if oldest is None:
                 continue
             if not self._rules.partial_rollout:
                 step.num_tokens_aborted += unfinished.num_tokens
-            elif oldest < oldest_allowed:
+            elif oldest < step.oldest_allowed:
                 step.num_tokens_stale_unfinished += unfinished.num_tokens
             else:
                 continue
             self._unfinished[place] = replace(unfinished, samples=())
+            dropped.add(unfinished.group_id)
+        if dropped:
+            came_since = sum(await asyncio.gather(*(engine.let_go(dropped) for engine in self._engines)))
+            step.num_tokens_generated += came_since
+            step.num_tokens_stale_unfinished += came_since
 
     def _judge(self, group: RolloutGroup, step: StepLedger) -> None:
         rules = self._rules

@@ -41,7 +41,7 @@ class SamplerStats:
     num_groups_unfinished: int
     """Groups that the next step goes on with: with the tokens they have, or from the prompt."""
     num_tokens_generated: int
-    """Drawn in this step, whatever became of them."""
+    """Come in this step or, of requests that were held, since the step before ended; whatever became of them."""
     num_tokens_used: int
     num_tokens_zero_variance: int
     num_tokens_out_of_band: int
@@ -74,6 +74,8 @@ class StepLedger:
     num_wanted: int
     limit: int
     """Groups that may be submitted."""
+    oldest_allowed: int
+    """Weight version of the oldest token that may be trained on."""
     accepted: list[RolloutGroup] = field(default_factory=list)
     """In the order of judgement, the surplus of the step before first."""
     judged: list[RolloutGroup] = field(default_factory=list)

@@ -69,11 +69,12 @@ class SglangEngine:
         params: SamplingParams,
         take: Callable[[int, Piece], None],
         routed_experts_from: int | None = None,
+        prefix_key: str | None = None,
     ) -> None:
         """Sample all to their end; `take` gets each piece with the index of its continuation, as it comes.
 
-        `routed_experts_from`: the token from which on the experts of each sample are wanted. Leaving early (a cancelled task) ends
-        the samples on the server.
+        `routed_experts_from`: the token from which on the experts of each sample are wanted. `prefix_key`: cached prefixes are shared
+        with requests of the same key alone. Leaving early (a cancelled task) ends the samples on the server.
         """
         common = {
             "temperature": params.temperature,
@@ -90,6 +91,8 @@ class SglangEngine:
         }
         if routed_experts_from is not None:
             body |= {"return_routed_experts": True, "routed_experts_start_len": routed_experts_from}
+        if prefix_key is not None:
+            body |= {"extra_key": prefix_key}
         counts = [0] * len(continuations)
         unfinished = set(range(len(continuations)))
         try:
@@ -144,16 +147,19 @@ class SglangEngine:
         await self.post("/abort_request", {"rid": rid}, timeout_seconds=timeout_seconds)
 
     async def pause(self, mode: Literal["abort", "retract", "in_place"], timeout_seconds: float) -> None:
-        """Stop generating. in_place keeps samples and their KV cache, retract gives up the KV cache, abort ends the samples."""
+        """Stop generating; streams stay open, new samples wait. in_place keeps the KV cache, retract gives it up, abort ends the samples."""
         await self.post("/pause_generation", {"mode": mode}, timeout_seconds=timeout_seconds)
 
     async def resume(self, timeout_seconds: float) -> None:
-        """Generate again after `pause`."""
+        """Generate again after `pause`; nothing happens to a server that is not paused."""
         await self.post("/continue_generation", timeout_seconds=timeout_seconds)
 
-    async def flush_cache(self, timeout_seconds: float) -> None:
-        """Forget all prefixes. EngineLostError when samples that nobody waits for still run at the deadline: only a restart ends them."""
-        path = f"/flush_cache?timeout={timeout_seconds / 2:g}"
+    async def flush_cache(self, timeout_seconds: float, *, waits: bool = True) -> None:
+        """Forget all prefixes. EngineLostError when samples that nobody waits for still run at the deadline: only a restart ends them.
+
+        `waits` False, for a server that is paused (retract): at once, as one that waits would wait for the paused samples too.
+        """
+        path = f"/flush_cache?timeout={timeout_seconds / 2 if waits else 0:g}"
         try:
             await self.post(path, timeout_seconds=timeout_seconds)
         except EngineError as error:

@@ -37,6 +37,8 @@ NUM_LOG_LINES = 20
 """Log lines quoted when a server does not come up."""
 FIRST_PORT, LAST_PORT = 20000, 32767
 """Below Linux's ephemeral range, so that no outgoing connection takes a port between the look and the use."""
+IN_PLACE_WATCHDOG_SECONDS = 10**7
+"""`watchdog_timeout` of servers that are paused in place, which SGLang 0.5.23 takes for a hang; the health deadline finds those."""
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _POLL_SECONDS = 0.5
 _READY_TIMEOUT_SECONDS = 30.0
@@ -206,6 +208,7 @@ class SglangServer:
             "mem_fraction_static": config.mem_fraction_static,
             "max_running_requests": config.max_running_requests,
             "max_total_tokens": config.max_total_tokens,
+            "watchdog_timeout": IN_PLACE_WATCHDOG_SECONDS if config.pause_mode == "in_place" else None,
         }
         own = {
             "model_path": str(spec.model_dir),

@@ -109,9 +109,18 @@ async def no_restart(name: str) -> EngineEndpoint:
 
 
 @asynccontextmanager
-async def routed(pair: Pair, restart: Restart = no_restart) -> AsyncIterator[Router]:
-    """A router over the pair, at the weight version that it holds; texts are the token ids."""
-    router = Router(pair.endpoints, pair.config, lambda rows: [str(row) for row in rows], restart=restart)
+async def routed(pair: Pair, restart: Restart = no_restart, pause_mode: str | None = None) -> AsyncIterator[Router]:
+    """A router over the pair, at the weight version that it holds; texts are the token ids. `pause_mode` None: nothing is held."""
+    config = pair.config.model_copy(update={"pause_mode": pause_mode, "restart_deadline_seconds": 20.0} if pause_mode else {})
+    pauses = pause_mode is not None
+    router = Router(
+        pair.endpoints,
+        config,
+        lambda rows: [str(row) for row in rows],
+        restart=restart,
+        mixes_versions=pauses,
+        may_pause=pauses,
+    )
     client = SglangEngine(pair.endpoints[0])
     router.weight_version = await client.weight_version(30)
     try:

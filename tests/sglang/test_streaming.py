@@ -51,7 +51,9 @@ async def push(model: Path, version: int, endpoints: Sequence[EngineEndpoint]) -
     for endpoint in endpoints:
         client = SglangEngine(endpoint)
         await client.post(
-            "/update_weights_from_disk", {"model_path": str(model), "weight_version": str(version)}, timeout_seconds=60
+            "/update_weights_from_disk",
+            {"model_path": str(model), "weight_version": str(version), "flush_cache": False},
+            timeout_seconds=60,
         )
         await client.close()
     return Report()

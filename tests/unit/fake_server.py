@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import itertools
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from aiohttp import web
@@ -45,11 +46,23 @@ class FakeServer:
         """Something runs that nobody waits for."""
         self.generated = asyncio.Event()
         """Set with the first token that is sent."""
+        self.tokens_per_piece = 1
+        """But for the first token of a sample, which is sent at once."""
+        self.prefix_keys: list[str] = []
+        self.pauses: list[str] = []
+        self.paused: str | None = None
+        """The mode of the pause."""
+        self._goes_on = asyncio.Event()
+        self._goes_on.set()
+        self.num_running = 0
+        """Samples that have not come to their end."""
 
     async def start(self) -> EngineEndpoint:
         app = web.Application()
         app.router.add_post("/generate", self._generate)
         app.router.add_post("/abort_request", self._abort)
+        app.router.add_post("/pause_generation", self._pause)
+        app.router.add_post("/continue_generation", self._continue)
         app.router.add_post("/release_memory_occupation", self._release)
         app.router.add_post("/resume_memory_occupation", self._resume)
         app.router.add_post("/flush_cache", self._flush_cache)
@@ -67,7 +80,9 @@ class FakeServer:
         """Connections are reset and nobody listens any more."""
         if self._runner.server is None:
             return
-        self.may_generate.set()  # handlers that wait would outlive it
+        self.pauses_after = None  # handlers that wait would outlive it
+        self.may_generate.set()
+        self._goes_on.set()
         for connection in self._runner.server.connections:
             if connection.transport is not None:
                 connection.transport.abort()
@@ -79,9 +94,24 @@ class FakeServer:
         self.hangs.set()
 
     async def _health(self, request: web.Request) -> web.Response:
-        if self.hangs.is_set():
+        if self.hangs.is_set() or self.paused is not None:
             await asyncio.sleep(3600)
         return web.Response()
+
+    async def _pause(self, request: web.Request) -> web.Response:
+        if self.hangs.is_set():
+            await asyncio.sleep(3600)
+        self.paused = (await request.json())["mode"]
+        self.pauses.append(self.paused)
+        self._goes_on.clear()
+        return web.json_response(None)
+
+    async def _continue(self, request: web.Request) -> web.Response:
+        if self.hangs.is_set():
+            await asyncio.sleep(3600)
+        self.paused = None
+        self._goes_on.set()
+        return web.json_response(None)
 
     async def _model_info(self, request: web.Request) -> web.Response:
         return web.json_response({"weight_version": str(self.weight_version)})
@@ -90,7 +120,8 @@ class FakeServer:
         return web.json_response(self.info)
 
     async def _flush_cache(self, request: web.Request) -> web.Response:
-        if self.is_busy:
+        waits_in_vain = self.paused == "retract" and self.num_running and float(request.query["timeout"]) > 0
+        if self.is_busy or self.paused == "in_place" or waits_in_vain:
             return web.Response(text="Flush cache failed.", status=400)
         self.num_flushes += 1
         return web.Response(text="Cache flushed.")
@@ -109,7 +140,9 @@ class FakeServer:
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
+        await self._goes_on.wait()
         self.prompts += body["input_ids"]
+        self.prefix_keys.append(body["extra_key"])
         if self.dies_of_requests:
             assert request.transport is not None
             request.transport.abort()
@@ -121,6 +154,8 @@ class FakeServer:
 
         async def sample(index: int, rid: str, token_ids: Collection[int], limit: int) -> None:
             start = len(token_ids)
+            versions: list[int] = []
+            num_sent = 0
             if self.max_request_tokens is not None:
                 limit = min(limit, self.max_request_tokens - start)
             for count in range(1, limit + 1):
@@ -128,19 +163,25 @@ class FakeServer:
                 if self.pauses_after is not None and count > self.pauses_after:
                     self.may_generate.clear()
                 await self.may_generate.wait()
+                await self._goes_on.wait()
+                versions.append(self.weight_version)
                 end = "abort" if rid in self.aborted or self.num_faults else "length" if count == limit else None
                 self.num_faults -= bool(self.num_faults)
+                if not end and num_sent and count - num_sent < self.tokens_per_piece:
+                    continue
+                new = range(start + num_sent, start + count)
+                num_sent = count
                 meta = {
                     "id": rid,
                     "finish_reason": {"type": end, "message": "Out of memory"} if end else None,
-                    "output_token_logprobs": [[-0.5, start + count - 1, None]],
-                    "weight_versions": [{"version": str(self.weight_version), "start": 0, "end": count}],
+                    "output_token_logprobs": [[-0.5, token, None] for token in new],
+                    "weight_versions": _spans(versions),
                     "completion_tokens": count,
                 }
                 if end and body.get("return_routed_experts"):
                     rows = routed_experts(body["routed_experts_start_len"], start + count - 1)
                     meta["routed_experts"] = base64.b64encode(rows.tobytes()).decode()
-                event = {"index": index, "output_ids": [start + count - 1], "meta_info": meta}
+                event = {"index": index, "output_ids": list(new), "meta_info": meta}
                 async with lock:
                     await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
                 self.generated.set()
@@ -148,6 +189,19 @@ class FakeServer:
                     return
 
         limits = [params["max_new_tokens"] for params in body["sampling_params"]]
-        await asyncio.gather(*map(sample, range(len(limits)), body["rid"], body["input_ids"], limits))
+        self.num_running += len(limits)
+        try:
+            await asyncio.gather(*map(sample, range(len(limits)), body["rid"], body["input_ids"], limits))
+        finally:
+            self.num_running -= len(limits)
         await response.write(b"data: [DONE]\n\n")
         return response
+
+
+def _spans(versions: Sequence[int]) -> list[dict[str, object]]:
+    """Of equal versions in a row, as SGLang tells them."""
+    spans: list[dict[str, object]] = []
+    for version, places in itertools.groupby(range(len(versions)), key=versions.__getitem__):
+        first, *rest = places
+        spans.append({"version": str(version), "start": first, "end": (rest or [first])[-1] + 1})
+    return spans

@@ -92,7 +92,12 @@ class Report:
 
 @asynccontextmanager
 async def fleet(
-    num_servers: int = 2, *, mixes_versions: bool = False, experts: ExpertShape | None = None, **settings
+    num_servers: int = 2,
+    *,
+    mixes_versions: bool = False,
+    may_pause: bool = False,
+    experts: ExpertShape | None = None,
+    **settings,
 ) -> AsyncIterator[tuple[Router, Run]]:
     quick = {"health_interval_seconds": 0.02, "health_deadline_seconds": 0.2, "restart_deadline_seconds": 5.0}
     servers = {f"engine {index}": FakeServer(f"engine {index}") for index in range(num_servers)}
@@ -105,6 +110,7 @@ async def fleet(
         restart=state.restart,
         keeper=state,
         mixes_versions=mixes_versions,
+        may_pause=may_pause,
         experts=experts,
     )
     try:

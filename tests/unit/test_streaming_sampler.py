@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from pydantic import TypeAdapter
 
-from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult, SamplingParams
+from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult, HoldsNothing, SamplingParams
 from dapo_megatron.rollout.sampler import RolloutBatch, SamplerRules, SamplerState, UnfinishedGroup
 from dapo_megatron.rollout.streaming_sampler import StreamingSampler
 from dapo_megatron.rollout.wave_sampler import WaveSampler
@@ -19,7 +19,7 @@ G, LIMIT = 4, 200
 _STATE = TypeAdapter(SamplerState)
 
 
-class TickEngine:
+class TickEngine(HoldsNothing):
     """A fake: sample i of a prompt (k, n) says "right" when i < k and ends after n + i tokens, each drawn in one tick.
 
     Token t of sample i is 100 * i + t, its log-prob minus the weight version.
@@ -65,6 +65,28 @@ class TickEngine:
 
     async def abort(self, request_ids):
         self._aborted |= self._in_flight & set(request_ids)
+
+
+class HoldingEngine(TickEngine):
+    """A fake that says what it is to hold, and of which seven tokens come later."""
+
+    def __init__(self, weight_version: int = 0):
+        super().__init__(weight_version)
+        self.held: list[set[int]] = []
+        self.aborted: list[set[int]] = []
+        self.let_go_of: list[set[int]] = []
+
+    async def abort(self, request_ids):
+        self.aborted.append(set(request_ids))
+        await super().abort(request_ids)
+
+    async def hold(self, request_ids):
+        self.held.append(set(request_ids))
+        await super().abort(request_ids)
+
+    async def let_go(self, request_ids):
+        self.let_go_of.append(set(request_ids))
+        return 7
 
 
 class FakeScorer:
@@ -195,6 +217,44 @@ async def test_tokens_of_an_unfinished_group_that_got_too_old_are_dropped_and_th
     assert [request.started for request in engine.requests if request.request_id == 0][-1] == (kept.samples if goes_on else ())
     assert batch.stats.num_tokens_stale == (0 if goes_on else kept.num_tokens)
     assert batch.groups[0].oldest_weight_version == (0 if goes_on else 2)
+
+
+async def test_engine_holds_what_may_be_trained_on_in_the_next_step_and_aborts_the_rest():
+    engine = HoldingEngine(weight_version=5)
+    streaming = sampler([engine], Prompts((2, 90), (2, 4), (2, 4), (2, 60)), partial_rollout=True, in_flight_margin=1.0)
+    await streaming.collect(2)
+    assert engine.held == [{0, 3}] and not engine.aborted
+    engine.weight_version = 6
+    streaming._rules = replace(streaming._rules, in_flight_margin=2.0)
+    await streaming.collect(2)
+    assert engine.aborted == [{0, 3}], "after another step their tokens of version 5 would be too old"
+    assert engine.held[1:] and not engine.held[1] & {0, 3}
+    assert engine.let_go_of == []
+
+
+async def test_groups_that_engines_hold_are_asked_for_first_however_few_are_needed():
+    engine = HoldingEngine()
+    prompts = Prompts((2, 60), (2, 60), (2, 4), (2, 4), (2, 60), (2, 60))
+    streaming = sampler([engine], prompts, partial_rollout=True, in_flight_margin=2.0)
+    await streaming.collect(2)
+    held = engine.held[0]
+    assert len(held) == 4
+    engine.weight_version, streaming._rules = 1, replace(streaming._rules, in_flight_margin=0.0)
+    num_before = len(engine.requests)
+    await streaming.collect(1)
+    assert {request.request_id for request in engine.requests[num_before:]} == held
+
+
+async def test_held_groups_that_got_too_old_are_let_go_and_what_came_since_is_stale():
+    engine = HoldingEngine()
+    streaming = sampler([engine], Prompts((2, 50), (2, 4), (2, 4)), partial_rollout=True, in_flight_margin=0.5)
+    await streaming.collect(2)
+    (kept,) = streaming.state().unfinished
+    engine.weight_version, drawn = 2, engine.num_drawn
+    stats = (await streaming.collect(3)).stats
+    assert engine.let_go_of == [{kept.group_id}]
+    assert stats.num_tokens_stale == kept.num_tokens + 7
+    assert stats.num_tokens_generated == engine.num_drawn - drawn + 7
 
 
 @pytest.mark.parametrize("partial", [False, True])

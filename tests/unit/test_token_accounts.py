@@ -14,6 +14,7 @@ from dapo_megatron.eval.measure import Protocol, held_out_metrics
 from dapo_megatron.rollout import sglang_engine
 from dapo_megatron.rollout.engine import SamplingParams
 from dapo_megatron.rollout.partial_sample import PartialSample
+from dapo_megatron.rollout.router import Router
 from dapo_megatron.rollout.sampler import Sampler, SamplerRules
 from dapo_megatron.rollout.sampler_stats import SamplerStats
 from dapo_megatron.rollout.sglang_engine import Piece
@@ -86,7 +87,7 @@ async def lose(servers: Sequence[FakeServer], arrivals: Arrivals, work: asyncio.
     arrived = arrivals.num_tokens
     for server in servers:
         server.pauses_after = 3
-    while arrivals.num_tokens == arrived and not work.done():
+    while arrivals.num_tokens == arrived and not work.done() and all(server.may_generate.is_set() for server in servers):
         await asyncio.sleep(0.001)
     await asyncio.gather(*(server.die() for server in servers))
 
@@ -108,20 +109,29 @@ async def test_tokens_of_samples_that_begin_again_under_newer_weights_are_counte
     assert stats.num_tokens_generated == arrivals.num_tokens == sum(getattr(stats, f"num_tokens_{name}") for name in ENDS)
 
 
-@pytest.mark.parametrize("partial", [False, True])
-async def test_law_holds_over_losses_updates_aborts_and_evaluations(partial: bool, monkeypatch: pytest.MonkeyPatch):
+def not_told_yet(router: Router) -> int:
+    """Tokens of held requests that came after they were given out."""
+    given = sum(len(sample.token_ids) for flight in router._held.values() for sample in flight.given)
+    return sum(flight.num_tokens for flight in router._held.values()) - given
+
+
+@pytest.mark.parametrize("unfinished", ["aborted", "computed again", "retract", "in_place"])
+async def test_law_holds_over_losses_updates_aborts_and_evaluations(unfinished: str, monkeypatch: pytest.MonkeyPatch):
     seen = dict.fromkeys(ENDS, 0)
+    partial, pauses = unfinished != "aborted", unfinished in ("retract", "in_place")
+    settings = {"restart_deadline_seconds": 60, "pause_mode": unfinished if pauses else "retract"}
+    num_told = 0
     protocol = Protocol(2, SamplingParams(max_response_tokens=8), seed=1)
     changes = {"in_flight_margin": 1.0, "partial_rollout": partial, "accuracy_max": 0.5, "max_staleness": 2}
     with counted(monkeypatch) as arrivals:
-        async with fleet(mixes_versions=partial, restart_deadline_seconds=60) as (router, state):
+        async with fleet(mixes_versions=partial, may_pause=pauses, **settings) as (router, state):
             sampler = StreamingSampler([router], Scorer(), Prompts(1), rules(**changes))
             before = 0
             for step in range(9):
                 await update(router, state, router.weight_version + 1 + step % 2)
                 first, second = state.servers.values()
                 second.seconds_per_token = 0.02  # the first one fills the step
-                arrived = arrivals.num_tokens
+                first.tokens_per_piece = second.tokens_per_piece = 3 if pauses else 1
                 collecting = asyncio.ensure_future(sampler.collect(4))
                 if step % 3 == 0:  # the actor has trained on
                     state.held = router.weight_version + 1
@@ -129,7 +139,8 @@ async def test_law_holds_over_losses_updates_aborts_and_evaluations(partial: boo
                 elif step % 3 == 1:
                     await lose([first], arrivals, collecting)
                 stats = (await collecting).stats
-                assert stats.num_tokens_generated == arrivals.num_tokens - arrived
+                num_told += stats.num_tokens_generated
+                assert num_told + not_told_yet(router) == arrivals.num_tokens
                 assert stats.num_tokens_generated + before == sum(getattr(stats, f"num_tokens_{name}") for name in ENDS)
                 before = held_over(stats)
                 for name in ENDS:
@@ -139,9 +150,10 @@ async def test_law_holds_over_losses_updates_aborts_and_evaluations(partial: boo
                 for server in state.servers.values():
                     server.seconds_per_token = 0.0
                 await update(router, state, router.weight_version + 1)
-                arrived = arrivals.num_tokens
                 measured = await held_out_metrics([router], Scorer(), [Prompt(0, PROMPT, "", "1")] * 2, protocol)
-                assert measured["eval/num_tokens_generated"] == arrivals.num_tokens - arrived == 2 * 2 * 8
+                num_told += 2 * 2 * 8
+                assert num_told + not_told_yet(router) == arrivals.num_tokens
+                assert measured["eval/num_tokens_generated"] == 2 * 2 * 8
                 assert measured["eval/num_tokens_redrawn"] == 0
     assert all(seen[name] for name in ("used", "zero_variance", *(("unfinished",) if partial else ("aborted", "redrawn")))), seen
 
@@ -162,7 +174,7 @@ async def test_tokens_of_an_evaluation_that_are_drawn_again_are_its_own(monkeypa
 def test_last_token_that_is_drawn_again_for_its_experts_is_counted():
     partial = PartialSample(PROMPT, Sample(tokens(8), [-0.5] * 8, [0] * 8, "abort", ""), EXPERTS)
     partial.finish_if_complete(SamplingParams(max_response_tokens=8))
-    assert (partial.num_tokens_redrawn, len(partial.token_ids)) == (1, 7)
+    assert (partial.take_redrawn(), len(partial.token_ids)) == (1, 7)
 
 
 async def test_request_tells_how_many_of_its_tokens_are_in_no_sample(monkeypatch: pytest.MonkeyPatch):

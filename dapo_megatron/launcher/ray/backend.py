@@ -113,6 +113,7 @@ def ray_backend(
                 restart=restart,
                 keeper=handle.held if actor else None,
                 mixes_versions=config.rollout.partial_rollout,
+                may_pause=not _shares_gpus(config, settings, endpoints),
                 experts=ExpertShape.of(read_hf_config(config.model.path)) if settings.return_routed_experts else None,
             )
             yield RayBackend(handle, (router,), places)
@@ -120,6 +121,12 @@ def ray_backend(
         for process in (*actor, *(engines or ()), *(servers.processes if servers else ())):
             ray.kill(process.handle)
         ray.util.remove_placement_group(group)
+
+
+def _shares_gpus(config: Config, settings: SglangEngineConfig, endpoints: Sequence[EngineEndpoint]) -> bool:
+    """Whether servers leave their memory to the actor while it trains, KV cache and all."""
+    on_gpus = any(endpoint.device == "cuda" for endpoint in endpoints)
+    return config.cluster.placement == "colocated" and not settings.engine_urls and on_gpus
 
 
 def _longest_request(config: Config, ranks: Ranks) -> int:

@@ -14,7 +14,7 @@ from dapo_megatron.actor.probed import Probed
 from dapo_megatron.actor.replayed import Replay
 from dapo_megatron.launcher.held_weights import HeldWeights
 from dapo_megatron.launcher.ray.calls import Process, call, call_all, call_each, exhaust, first_failure, in_words
-from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult
+from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult, HoldsNothing
 from dapo_megatron.types import EngineEndpoint, EngineError, TrainBatch, WorkerDiedError
 from dapo_megatron.weights.file_digest import FileDigest
 from dapo_megatron.weights.transports.records import PushReport
@@ -121,7 +121,7 @@ class RayActor:
         return await call_all(self.processes, method, *args)
 
 
-class RayEngine:
+class RayEngine(HoldsNothing):
     """What the sampler and the controller ask of an engine, over a process; weight messages are object-store references."""
 
     def __init__(self, process: Process):
