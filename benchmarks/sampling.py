@@ -29,7 +29,7 @@ from dapo_megatron.data.prompts import DataReport, PromptSet
 from dapo_megatron.launcher.controller import Controller
 from dapo_megatron.launcher.identity import RunIdentity
 from dapo_megatron.launcher.run_folder import RunFolder
-from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult, SamplingParams
+from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult, HoldsNothing, SamplingParams
 from dapo_megatron.rollout.sampler import SamplerRules
 from dapo_megatron.train import sampler_type
 from dapo_megatron.types import FinishReason, Prompt, Sample, Score, TrainBatch
@@ -88,7 +88,7 @@ class _Row:
     num_tokens: float
 
 
-class SimulatedEngine:
+class SimulatedEngine(HoldsNothing):
     """Decodes its rows side by side, each token of all of them in the same time; more requests than rows wait."""
 
     def __init__(self) -> None:
