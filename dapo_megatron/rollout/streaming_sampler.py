@@ -2,8 +2,9 @@
 
 In flight are as many groups as the missing ones need at the running acceptance rate, and `in_flight_margin` more. A group is judged when its
 last sample is scored; a dropped one is replaced at once. When the step is full, what still runs is aborted or, with `partial_rollout`,
-held by the engines. The next step begins with those groups, before it takes new prompts: held ones go on after the tokens they have, under
-the new weights; of others the tokens are thrown away and the prompt is asked again, so that long responses lose tokens but no prompt is lost.
+held by its engine. The next step begins with those groups, before it takes new prompts: `partial_rollout` lets them go on after the tokens
+they have, under the new weights; else the tokens are thrown away and the prompt is asked again, so that long responses lose tokens but
+no prompt is lost.
 
 Which groups a step is made of depends on how fast they come: a run is not reproducible bit by bit, unlike one in waves.
 """
