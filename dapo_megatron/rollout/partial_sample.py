@@ -45,6 +45,8 @@ class PartialSample:
         self.token_ids += piece.token_ids
         self.log_probs += piece.log_probs
         self.weight_versions += piece.weight_versions
+        if piece.versions_of_all:
+            self.weight_versions[-len(piece.versions_of_all) :] = piece.versions_of_all
         if piece.finish_reason != "abort":
             self.finish_reason = piece.finish_reason
         if self._experts is not None and piece.routed_experts is not None:

@@ -352,8 +352,10 @@ class Router:
 
         def take(index: int, piece: Piece) -> None:
             life.last_sign, flight.num_losses = time.monotonic(), 0
-            of_sample = [*partials[index].weight_versions[-1:], *piece.weight_versions]
-            if not set(piece.weight_versions) <= set(flight.versions) or of_sample != sorted(of_sample):
+            named = piece.versions_of_all or piece.weight_versions
+            before = partials[index].weight_versions[: len(partials[index].token_ids) + len(piece.token_ids) - len(named)]
+            of_sample = [*before[-1:], *named]
+            if not set(named) <= set(flight.versions) or of_sample != sorted(of_sample):
                 found, held = ", then ".join(map(str, dict.fromkeys(of_sample))), ", then ".join(map(str, flight.versions))
                 raise EngineError(
                     f"{life.name} sampled with weight version {found}, but the engines hold version {held}; only this run may update "

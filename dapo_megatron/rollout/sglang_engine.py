@@ -40,10 +40,13 @@ class Piece:
     log_probs: Sequence[float]
     """nats, of logits / temperature; top-k and top-p are not accounted for."""
     weight_versions: Sequence[int]
+    """SGLang 0.5.23 tells which token is whose only with the last piece: in one that spans an update all tokens have the newer version."""
     finish_reason: FinishReason | None
     """None: more will come."""
     reason: str = ""
     """Why the server ended it, for an abort."""
+    versions_of_all: Sequence[int] = ()
+    """With the last piece: of every token since the request began."""
     routed_experts: str | None = None
     """base64 of int32 [tokens, layers, top_k], of all tokens from the one asked for to the last but one; with the last piece."""
 
@@ -230,6 +233,7 @@ def _piece(event: dict[str, Any], num_before: int) -> Piece:
         weight_versions=_versions(meta, num_before, num_before + len(token_ids)),
         finish_reason=finish.get("type"),
         reason=str(finish.get("message") or ""),
+        versions_of_all=_versions(meta, 0, num_before + num_new) if meta.get("weight_versions") else (),
         routed_experts=meta.get("routed_experts"),
     )
 

@@ -32,7 +32,8 @@ async def complete(router: Router, request: GenerateRequest) -> GenerateResult:
 def num_prefilled(endpoints: list[EngineEndpoint]) -> int:
     """Tokens that the servers say they have prefilled so far."""
     logs = [endpoint.log_file.read_text(errors="replace") for endpoint in endpoints if endpoint.log_file is not None]
-    return sum(int(number) for log in logs for number in re.findall(r"Prefill batch.*?#new-token: (\d+)", log))
+    counts = [int(number) for log in logs for number in re.findall(r"Prefill batch.*?#new-token: (\d+)", log)]
+    return sum(count for count in counts if count > 1)  # a look at the health of an idle server is one token
 
 
 @torch.no_grad()
@@ -92,8 +93,10 @@ async def test_samples_go_on_over_an_update_with_the_log_probs_of_what_drew_them
             assert num_old and sample.finish_reason == ("length" if num_tokens == NUM_TOKENS else "stop")
             if num_old < num_tokens:  # else it was complete before
                 num_mixed, num_kept = num_mixed + 1, num_kept + num_old
-            difference = expected(old, new, prompt, sample, num_old) - torch.tensor(sample.log_probs)
-            assert difference.abs().max() <= MAX_DIFFERENCE
+            # In place, SGLang names the newer version for a token that was in the works when the pause came.
+            splits = [num_old, min(num_old + 1, num_tokens)] if mode == "in_place" else [num_old]
+            wanted = [expected(old, new, prompt, sample, split) for split in splits]
+            assert min((each - torch.tensor(sample.log_probs)).abs().max() for each in wanted) <= MAX_DIFFERENCE
     assert num_mixed
     if mode == "in_place":
         assert num_again == 0, "nothing was prefilled again"

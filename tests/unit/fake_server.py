@@ -175,7 +175,8 @@ class FakeServer:
                     "id": rid,
                     "finish_reason": {"type": end, "message": "Out of memory"} if end else None,
                     "output_token_logprobs": [[-0.5, token, None] for token in new],
-                    "weight_versions": _spans(versions),
+                    "weight_version": str(self.weight_version),
+                    **({"weight_versions": _spans(versions)} if end else {}),
                     "completion_tokens": count,
                 }
                 if end and body.get("return_routed_experts"):

@@ -55,6 +55,15 @@ def test_every_token_is_taken_once_with_its_own_log_prob(
     assert piece.finish_reason == ("abort" if "finish_reason" in sent["meta_info"] else None)
 
 
+def test_last_piece_says_which_weights_drew_every_token_of_the_request():
+    spans = [{"version": "3", "start": 0, "end": 2}, {"version": "4", "start": 2, "end": 4}]
+    last = _piece(event([13, 14], [-3.0, -4.0], 4, weight_versions=spans, finish_reason={"type": "length"}), 2)
+    assert (last.weight_versions, last.versions_of_all) == ([4, 4], [3, 3, 4, 4])
+    between = event([13, 14], [-3.0, -4.0], 4, weight_version="4")
+    del between["meta_info"]["weight_versions"]
+    assert (_piece(between, 2).weight_versions, _piece(between, 2).versions_of_all) == ([4, 4], ())
+
+
 @pytest.mark.parametrize(("output_ids", "log_probs"), [([14], [-3.0, -4.0]), ([13, 14], [-4.0]), ([14], [-4.0])])
 def test_tokens_or_log_probs_that_are_missing_are_an_error(output_ids: list[int], log_probs: list[float]):
     with pytest.raises(EngineError, match="where 2 are new; start it with --skip-tokenizer-init --incremental-streaming-output"):
