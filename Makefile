@@ -58,6 +58,7 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(filter .uv/bin/uv,$(UV))
 	$(if $(PYTHON),,@echo 'no Python 3.12 found: uv downloads one')
 	test -x $(BIN)/python || $(UV) venv --python $(or $(PYTHON),3.12) $(VENV)
 	$(UV) pip install --compile-bytecode --python $(BIN)/python --constraints constraints.txt --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m compileall -q dapo_megatron checkpoint_tools tests # an editable install is not; PYTHONDONTWRITEBYTECODE may be set
 	touch $@
 
 $(VENV)/installed-sglang: $(VENV)/installed
