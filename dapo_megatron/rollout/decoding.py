@@ -283,7 +283,7 @@ class Decoding:
         """The records of requests that are over, which are forgotten."""
         jobs = [self._jobs.pop(number) for number in numbers]
         responses = [job.responses[sample] for job in jobs for sample in range(job.request.num_samples)]
-        texts = response_texts(self._tokenizer, [response.token_ids for response in responses])
+        texts = response_texts(self._tokenizer, [response.token_ids.tolist() for response in responses])
         samples = iter(
             [
                 Sample(response.token_ids, response.log_probs, response.weight_versions, response.finish_reason, text)

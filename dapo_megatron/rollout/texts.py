@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
-def response_texts(tokenizer: PreTrainedTokenizerBase, responses: Sequence[np.ndarray]) -> list[str]:
+def response_texts(tokenizer: PreTrainedTokenizerBase, token_ids: list[list[int]]) -> list[str]:
     """What `batch_decode` gives without special tokens, in one call of the Rust tokenizer where that is all it does."""
-    token_ids = [response.tolist() for response in responses]
     if _decodes_by_backend_alone(tokenizer):
         return tokenizer.backend_tokenizer.decode_batch(token_ids, skip_special_tokens=True)
     return tokenizer.batch_decode(token_ids, skip_special_tokens=True)

@@ -192,7 +192,9 @@ def _decoder(config: Config) -> Decode:
     """Token ids to texts as the embedded engine does it."""
     from transformers import AutoTokenizer
 
-    return partial(AutoTokenizer.from_pretrained(config.model.path).batch_decode, skip_special_tokens=True)
+    from dapo_megatron.rollout.texts import response_texts
+
+    return partial(response_texts, AutoTokenizer.from_pretrained(config.model.path))
 
 
 def _start(cls: type, name: str, log_file: Path, group: PlacementGroup, share: Share, *args: Any) -> Process:
