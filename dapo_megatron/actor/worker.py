@@ -23,7 +23,7 @@ from dapo_megatron.actor.optimizer import learning_rate, set_schedule
 from dapo_megatron.actor.policy import Policy, build_modules, wrap
 from dapo_megatron.actor.step import LossStatistics, compute_log_probs, train_micro_batches
 from dapo_megatron.actor.weight_pusher import WeightPusher, configured_pusher, transports
-from dapo_megatron.actor.weight_sender import configured_sender
+from dapo_megatron.actor.weight_sender import WeightSender, configured_sender
 from dapo_megatron.config.schema import Config
 from dapo_megatron.models.architecture import Architecture
 from dapo_megatron.types import CheckpointError, EngineEndpoint, NumericsError, OptimizerStepBatch, TrainBatch
@@ -55,7 +55,7 @@ class ActorWorker:
         modules, settings = build_modules(architecture, config, self._device)
         load_hf(modules, self.mapping, config.model.path)
         self.policy: Policy = wrap(modules, settings, architecture, config)
-        self._sender = configured_sender(config, self.mapping, modules)
+        self._sender: WeightSender | None = None
         self._pusher: WeightPusher | None = None
         self.memory = OffloadedMemory(self.policy, self._device) if config.actor.offload else ActorMemory()
 
@@ -99,6 +99,8 @@ class ActorWorker:
     def send_weights(self, version: int) -> Iterator[WeightBucket | WeightManifest]:
         """The policy in HF layout: buckets, then the manifest with fingerprints. Yields on rank 0 only."""
         with self.memory.sending():
+            if self._sender is None:
+                self._sender = configured_sender(self._config, self.mapping, self.policy.modules)
             yield from self._sender.send(version)
 
     def push_weights(
