@@ -89,22 +89,21 @@ def kv_cache_tokens(shape: ModelShape, layout: Layout, gpu_bytes: float, options
 
 def train_allocated_bytes(shape: ModelShape, layout: Layout, options: MemoryOptions = DEFAULT_OPTIONS) -> tuple[float, ...]:
     """[stage]: the most that torch's allocator hands out in training (`torch.cuda.max_memory_allocated`). Cheap: for searches."""
-    states, layers = stage_states(shape, layout, options), stage_layers(shape, layout, options)
-    return tuple(
-        sum(num_bytes for _, num_bytes in _train(shape, layout, options, stage, states[stage], layers[stage]))
-        for stage in range(layout.pipeline_parallel_size)
-    )
+    return tuple(sum(num_bytes for _, num_bytes in items) for items in _training(shape, layout, options))
 
 
 def train_needed_bytes(shape: ModelShape, layout: Layout, options: MemoryOptions = DEFAULT_OPTIONS) -> float:
     """What the device of the fullest stage must have for training, margin included."""
-    states, layers = stage_states(shape, layout, options), stage_layers(shape, layout, options)
-    stages = [
-        _train(shape, layout, options, stage, states[stage], layers[stage]) for stage in range(layout.pipeline_parallel_size)
-    ]
     return max(
-        with_margin(sum(num_bytes for _, num_bytes in items), layout) + _fragmented_bytes(items, options) for items in stages
+        with_margin(sum(num_bytes for _, num_bytes in items), layout) + _fragmented_bytes(items, options)
+        for items in _training(shape, layout, options)
     )
+
+
+def _training(shape: ModelShape, layout: Layout, options: MemoryOptions) -> list[list[tuple[str, float]]]:
+    """[stage]: what torch's allocator hands out in training."""
+    states, layers = stage_states(shape, layout, options), stage_layers(shape, layout, options)
+    return [_train(shape, layout, options, *stage) for stage in zip(range(len(states)), states, layers, strict=True)]
 
 
 def reserved_bytes(allocated_bytes: float) -> float:
