@@ -76,20 +76,23 @@ def _trained(group: RolloutGroup, rules: TrainBatchRules) -> list[int]:
 
 
 def _optimizer_step(groups: Sequence[RolloutGroup], rules: TrainBatchRules, weight_version: int) -> OptimizerStepBatch:
-    trained = [(group, index) for group in groups for index in _trained(group, rules)]
-    num_tokens = [len(group.samples[index].token_ids) for group, index in trained]
-    weights = iter(sample_loss_weights(rules.loss_aggregation, num_tokens, [group.group_id for group, _ in trained]))
-    samples = [sample for group in groups for sample in _train_samples(group, rules, weight_version, weights)]
+    trained = [(group, _trained(group, rules)) for group in groups]
+    num_tokens = [len(group.samples[index].token_ids) for group, indices in trained for index in indices]
+    group_ids = [group.group_id for group, indices in trained for _ in indices]
+    weights = iter(sample_loss_weights(rules.loss_aggregation, num_tokens, group_ids))
+    samples = [
+        sample
+        for group, indices in trained
+        if indices
+        for sample in _train_samples(group, indices, rules, weight_version, weights)
+    ]
     return cut_optimizer_step(samples, rules)
 
 
 def _train_samples(
-    group: RolloutGroup, rules: TrainBatchRules, weight_version: int, weights: Iterator[float]
+    group: RolloutGroup, trained: Sequence[int], rules: TrainBatchRules, weight_version: int, weights: Iterator[float]
 ) -> Iterator[TrainSample]:
-    """Those of the group that enter the loss, whose next weights are taken."""
-    trained = _trained(group, rules)
-    if not trained:
-        return
+    """Those of the group that enter the loss, one at least, whose next weights are taken."""
     advantages = group_advantages(
         shaped_rewards(group, rules), normalize_by_std=rules.normalize_advantage_by_std, std=rules.advantage_std
     )
