@@ -22,9 +22,9 @@ class PackedSequences(PackedSeqParams):
     """Sequences over T packed tokens. Sequences may have a prefix in common, whose tokens are then packed once.
 
     Attention works on tiles: sequences of similar length side by side, right-padded, so that one causal kernel serves many of
-    them, or trees, each under its mask. `gather` [sum N*L] picks the packed token of each tile slot (slot padding repeats token 0), `scatter` [T] a
-    tile slot of each packed token; both are None where slots and tokens are the same, as in a pack of one sequence. `qkv_format`
-    is not "thd": megatron-core then treats the pack as one sequence of batch 1, and positions come from `positions` [T].
+    them, or trees, each under its mask. `gather` [sum N*L] picks the packed token of each tile slot (slot padding repeats token 0),
+    `scatter` [T] a tile slot of each packed token; both are None where slots and tokens are the same, as in a pack of one sequence.
+    `qkv_format` is not "thd": megatron-core then treats the pack as one sequence of batch 1, and positions come from `positions` [T].
     `rotation` is what the rotary embedding makes of them: cosine and sine [T, 1, 1, head_dim / 2].
     """
 

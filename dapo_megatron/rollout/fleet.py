@@ -177,9 +177,8 @@ class Fleet:
                 self.notify()
 
     async def wait_for_resume(self) -> None:
-        """Until the pause may have ended, or `notify`."""
-        if self.is_paused:
-            await self._changed.wait()
+        """In a pause: until it may have ended, or `notify`."""
+        await self._changed.wait()
 
     async def wait_for_change(self) -> None:
         """Until an engine changes its state, or `notify`. EngineError past the deadline without any engine that serves."""

@@ -15,7 +15,7 @@ import transformers
 from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult, SamplingParams
 from dapo_megatron.rollout.router import Router
 from dapo_megatron.types import EngineEndpoint, Sample
-from tests.sglang.conftest import MAX_DIFFERENCE, Pair, needs_sglang, other_weights, reference_of, routed
+from tests.sglang.conftest import MAX_DIFFERENCE, Pair, log_probs_of, needs_sglang, other_weights, reference_of, routed
 from tests.sglang.test_streaming import push
 
 pytestmark = [pytest.mark.sglang, needs_sglang, pytest.mark.timeout(300)]
@@ -51,10 +51,8 @@ def over_the_old_cache(old: Any, new: Any, prompt: tuple[int, ...], sample: Samp
 @torch.no_grad()
 def computed_again(old: Any, new: Any, prompt: tuple[int, ...], sample: Sample, num_old: int) -> torch.Tensor:
     """[T]: log-probs of the tokens, each of the weights it names alone."""
-    tokens = torch.tensor([[*prompt, *sample.token_ids.tolist()]])
-    log_probs = [model(tokens).logits[0, len(prompt) - 1 : -1].log_softmax(-1) for model in (old, new)]
-    columns = [rows.gather(1, tokens[0, len(prompt) :, None])[:, 0] for rows in log_probs]
-    return torch.cat([columns[0][:num_old], columns[1][num_old:]])
+    rows = torch.cat([log_probs_of(old, prompt, sample)[:num_old], log_probs_of(new, prompt, sample)[num_old:]])
+    return rows.gather(1, torch.tensor(sample.token_ids.tolist())[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("mode", ["retract", "in_place"])
