@@ -8,7 +8,7 @@ import logging
 import os
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,10 @@ from dapo_megatron.launcher.stall import explain_stall, let_be_inspected
 from dapo_megatron.launcher.stop import StopRequest, stop_on_signals
 from dapo_megatron.metrics.console import RunConsole
 from dapo_megatron.metrics.writers import MetricsWriter
+from dapo_megatron.models.architecture import Architecture
 from dapo_megatron.rewards.workers import RewardWorkers
 from dapo_megatron.rollout.sglang_arguments import server_argument_names, sglang_is_installed
-from dapo_megatron.types import CheckpointError, ConfigError, EngineError, NumericsError, WorkerDiedError
+from dapo_megatron.types import CheckpointError, ConfigError, EngineError, MappingError, NumericsError, WorkerDiedError
 
 PACKAGES = ("dapo-megatron", "torch", "megatron-core", "transformer-engine", "transformers", "ray", "sglang")
 LEAVE_SECONDS = 60.0
@@ -118,11 +119,22 @@ def check(config: Config) -> tuple[PromptSet, PromptSet | None]:
         server_argument_names() if config.rollout.sglang_extra and sglang_is_installed() else None,
     )
     problems += needs_sglang(config)
+    if hf_config is not None and not problems:
+        problems += model_problem(config, hf_config)
     if problems:
         raise ConfigError(problems)
     tokenizer = load_tokenizer(config.model.path)
     held_out = load_prompts(config.eval_data, tokenizer) if config.eval_data else None
     return load_prompts(config.data, tokenizer), held_out
+
+
+def model_problem(config: Config, hf_config: Mapping[str, Any]) -> list[str]:
+    """A sentence when megatron-core would compute something else than the model was trained as."""
+    try:
+        Architecture.from_hf(hf_config)
+    except MappingError as error:
+        return [f"{config.model.path} cannot be trained: {error}."]
+    return []
 
 
 def check_fit(config: Config, console: Console, *, strict: bool) -> None:

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from dapo_megatron.actor.canary import CANARY, Canary
 from dapo_megatron.actor.live_weights import SHARDING
-from dapo_megatron.actor.optimizer_state import optimizer_state, parts_of
+from dapo_megatron.actor.optimizer_state import in_parts_of, optimizer_state
 from dapo_megatron.actor.policy import Policy
 from dapo_megatron.actor.save_strategy import ThreadSaveStrategy
 from dapo_megatron.types import CheckpointError
@@ -135,25 +135,13 @@ def load(policy: Policy, directory: Path) -> None:
     # The optimizer's sharded state refers to the parameters as they stand, so it is asked for after they are loaded.
     wanted = {"optimizer": optimizer_state(policy.optimizer, _models(policy.modules), is_loading=True)}
     state = _read(wanted, directory / OPTIMIZER)["optimizer"]
-    _on_all_ranks(lambda: _check_optimizers(policy, state), f"reading {directory}")
     with torch.no_grad():
-        policy.optimizer.load_state_dict(state)
+        policy.optimizer.load_state_dict(in_parts_of(policy.optimizer, state))
     if len(list((directory / RNG).iterdir())) == dist.get_world_size():
         streams = torch.load(directory / RNG / _rng_file(dist.get_rank()), weights_only=True)
         torch.set_rng_state(streams["torch"])
         get_cuda_rng_tracker().set_states(streams["tracker"])
     dist.barrier()
-
-
-def _check_optimizers(policy: Policy, state: Mapping[Any, Any]) -> None:
-    """megatron-core 0.19.2 has an optimizer of its own, with a numbered state, for experts that are shared out; alone it has no number."""
-    shared_out = len(parts_of(policy.optimizer)) > 1
-    if {isinstance(key, int) for key in state} != {shared_out}:
-        now, then = ("above 1", "1") if shared_out else ("1", "above 1")
-        raise CheckpointError(
-            f"the optimizer state is that of a run with actor.expert_parallel_size {then}, which does not load with one {now}; use the layout "
-            "of that run, or begin a run with its weights (checkpoint-tools megatron-to-hf, model.path)"
-        )
 
 
 def load_weights(modules: Sequence[GPTModel], directory: Path) -> None:

@@ -44,16 +44,21 @@ def live_boxes(modules: Sequence[GPTModel]) -> list[LiveBox]:
 
 
 def gradient_boxes(modules: Sequence[GPTModel]) -> list[LiveBox]:
-    """`live_boxes` with the gradients (fp32, megatron-core's main_grad buffers) as `data`; they stay views of the buffers."""
+    """`live_boxes` with the gradients (fp32, megatron-core's main_grad buffers) as `data`; they stay views of the buffers.
+
+    What is no parameter (the router bias of DeepSeek-V3) has gradient zero.
+    """
     parameters = sorted((p for module in modules for p in module.parameters()), key=lambda parameter: parameter.data_ptr())
     starts = [parameter.data_ptr() for parameter in parameters]
 
     def gradient(data: Tensor) -> Tensor:
         """The part of the gradient that lies where `data` lies in its parameter."""
         parameter = parameters[bisect_right(starts, data.data_ptr()) - 1]
-        offset = (data.data_ptr() - parameter.data_ptr()) // data.itemsize
+        num_bytes = data.data_ptr() - parameter.data_ptr()
+        if not 0 <= num_bytes < parameter.nbytes:
+            return torch.zeros_like(data, dtype=torch.float32)
         whole: Tensor = parameter.main_grad
-        return whole.as_strided(data.shape, data.stride(), whole.storage_offset() + offset)
+        return whole.as_strided(data.shape, data.stride(), whole.storage_offset() + num_bytes // data.itemsize)
 
     return [LiveBox(item.box, gradient(item.data), item.is_owner) for item in live_boxes(modules)]
 

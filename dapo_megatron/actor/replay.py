@@ -56,7 +56,7 @@ def _complete_gradients(policy: Policy) -> None:
     for chunk in policy.chunks:
         if not chunk.ddp_config.use_distributed_optimizer:
             continue
-        for buffer in chunk.buffers:
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
             group = buffer.data_parallel_group
             rank, size = dist.get_rank(group), dist.get_world_size(group)
             for bucket in buffer.buckets:

@@ -29,15 +29,19 @@ class ShardCheck:
     Extra memory: that of `place_hash.CHUNK_WORDS`, and some 8 bytes for each tensor that any rank holds a piece of.
     """
 
-    def __init__(
-        self, mapping: ModelMapping, live: Sequence[LiveBox], dtype: torch.dtype, assembler: int, *, compare_copies: bool
-    ):
-        """`dtype` is that of the wire. `compare_copies`: what a rank holds of another one's must be equal too."""
-        self._assembler, self._shapes, self._dtype = assembler, mapping.hf_tensors, dtype
+    def __init__(self, mapping: ModelMapping, live: Sequence[LiveBox], dtype: str, assembler: int, *, compare_copies: bool):
+        """`dtype` is that of the wire, by its torch name. `compare_copies`: what a rank holds of another one's must be equal too."""
+        self._assembler, self._shapes = assembler, mapping.hf_tensors
+        self._dtypes = {name: getattr(torch, mapping.dtype_of(name, dtype)) for name in mapping.hf_tensors}
         self._live = [item for item in live if item.is_owner or compare_copies]
         self._shares = shares_of(mapping, [item.box for item in self._live])
         self._device = live[0].data.device
-        self._hash = PlaceHash(mapping.hf_tensors.values(), dtype, self._device)
+        self._hashes = {
+            of_some: PlaceHash(
+                (shape for name, shape in self._shapes.items() if self._dtypes[name] == of_some), of_some, self._device
+            )
+            for of_some in set(self._dtypes.values())
+        }
         self._numbers = {name: number for number, name in enumerate(mapping.hf_tensors)}
         tables: list = [None] * dist.get_world_size()
         dist.all_gather_object(tables, share_table(mapping, self._shares, [item.is_owner for item in self._live]))
@@ -55,9 +59,10 @@ class ShardCheck:
         with self._timed():
             for piece in pieces:
                 columns = self._shapes[piece.name][1:]
-                raw = payload[piece.byte_offset : piece.byte_offset + piece.num_bytes].view(self._dtype)
+                raw = payload[piece.byte_offset : piece.byte_offset + piece.num_bytes].view(self._dtypes[piece.name])
                 places = slice(piece.row_start, piece.row_start + piece.num_rows), *(slice(0, size) for size in columns)
-                self._gathered[self._numbers[piece.name]] += self._hash.of(raw.view(piece.num_rows, *columns), places)
+                hashed = self._hash_for(piece.name).of(raw.view(piece.num_rows, *columns), places)
+                self._gathered[self._numbers[piece.name]] += hashed
 
     def finish(self) -> None:
         """Every rank has sent its last chunk. FingerprintError on the assembler, with tensors and ranks, when something differs."""
@@ -78,8 +83,12 @@ class ShardCheck:
                 "go on from the newest checkpoint"
             )
 
+    def _hash_for(self, hf_name: str) -> PlaceHash:
+        return self._hashes[self._dtypes[hf_name]]
+
     def _hash_of(self, share: Share) -> Tensor:
-        parts = [self._hash.of(self._live[copy.box_index].data[copy.box_slices], copy.hf_slices) for copy in share.copies]
+        place_hash = self._hash_for(share.hf_name)
+        parts = [place_hash.of(self._live[copy.box_index].data[copy.box_slices], copy.hf_slices) for copy in share.copies]
         return torch.stack(parts).sum()
 
     def _zeros(self, length: int) -> Tensor:

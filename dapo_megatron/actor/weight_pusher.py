@@ -155,7 +155,7 @@ class WeightPusher:
 
     def _layout(self, plan: BucketPlan) -> _Bucket:
         names = [(piece.name, self._mapping.hf_tensors[piece.name]) for piece in plan.pieces]
-        gathered = plain_entries(names, self._sender.wire_dtype)
+        gathered = plain_entries(names, plan.dtype)
         return _Bucket(plan, gathered, quantised_entries(gathered, self._codec) if self._codec else gathered)
 
     def _payload(self, index: int, *, on_device: bool) -> Tensor:

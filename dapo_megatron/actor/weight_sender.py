@@ -41,7 +41,8 @@ class WeightSender:
         check_shards: bool = True,
         compare_copies: bool = True,
     ):
-        """`dtype` is that of the wire, into which each rank casts what it owns; None: the parameters' own.
+        """`dtype` is that of the wire, into which each rank casts what it owns; None: the parameters' own. What the mapping keeps in fp32
+        stays so.
 
         `check_shards` and, in it, `compare_copies`: see `shard_check.py`.
         """
@@ -49,15 +50,10 @@ class WeightSender:
         self._owned = [item for item in live if item.is_owner]
         boxes_by_rank: list = [None] * dist.get_world_size()
         dist.all_gather_object(boxes_by_rank, [item.box for item in self._owned])
-        self._dtype = dtype or live[0].data.dtype
         self._device = live[0].data.device
-        self.plan = compile_send_plan(mapping, boxes_by_rank, bucket_bytes, self._dtype.itemsize, whole_tensors=whole_tensors)
-        self.check = ShardCheck(mapping, live, self._dtype, ASSEMBLER, compare_copies=compare_copies) if check_shards else None
-
-    @property
-    def wire_dtype(self) -> str:
-        """Of every element that is sent, by its torch name."""
-        return str(self._dtype).removeprefix("torch.")
+        wire_dtype = str(dtype or live[0].data.dtype).removeprefix("torch.")
+        self.plan = compile_send_plan(mapping, boxes_by_rank, bucket_bytes, wire_dtype, whole_tensors=whole_tensors)
+        self.check = ShardCheck(mapping, live, wire_dtype, ASSEMBLER, compare_copies=compare_copies) if check_shards else None
 
     def send(self, version: int) -> Iterator[WeightBucket | WeightManifest]:
         """Yields the buckets and the manifest of the present weights on the assembler, nothing on other ranks.
@@ -71,7 +67,7 @@ class WeightSender:
             payload = torch.empty(plan.num_bytes if dist.get_rank() == ASSEMBLER else 0, dtype=torch.uint8)
             if not self.gather(plan, payload):
                 continue
-            bucket = WeightBucket(version, self.wire_dtype, plan.pieces, payload.numpy())
+            bucket = WeightBucket(version, plan.dtype, plan.pieces, payload.numpy())
             manifest.add(bucket)
             if self.check:
                 self.check.add(plan.pieces, payload)
@@ -87,7 +83,7 @@ class WeightSender:
         Collective. Returns whether this rank is the assembler.
         """
         if dist.get_rank() == ASSEMBLER:
-            self._assemble(plan, payload.view(self._dtype))
+            self._assemble(plan, payload.view(getattr(torch, plan.dtype)))
             return True
         self._send_own_part(plan)
         return False
@@ -95,28 +91,28 @@ class WeightSender:
     def _send_own_part(self, plan: BucketPlan) -> None:
         chunks = plan.chunks_by_rank.get(dist.get_rank())
         if chunks:
-            dist.send(torch.cat([self._source(chunk).flatten() for chunk in chunks]), dst=ASSEMBLER)
+            dist.send(torch.cat([self._source(plan, chunk).flatten() for chunk in chunks]), dst=ASSEMBLER)
 
     def _assemble(self, plan: BucketPlan, payload: Tensor) -> None:
         for rank, chunks in plan.chunks_by_rank.items():
             if rank == ASSEMBLER:
-                sources = [self._source(chunk) for chunk in chunks]
+                sources = [self._source(plan, chunk) for chunk in chunks]
             else:
-                received = torch.empty(sum(_num_elements(chunk) for chunk in chunks), dtype=self._dtype, device=self._device)
+                received = torch.empty(sum(_num_elements(chunk) for chunk in chunks), dtype=payload.dtype, device=self._device)
                 dist.recv(received, src=rank)
                 sources = list(received.to(payload.device).split([_num_elements(chunk) for chunk in chunks]))
             for chunk, source in zip(chunks, sources, strict=True):
                 target = self._piece(plan, chunk.piece_index, payload)[chunk.piece_slices]
                 target.copy_(source.reshape(target.shape))
 
-    def _source(self, chunk: SendChunk) -> Tensor:
-        return self._owned[chunk.box_index].data[chunk.box_slices].to(self._dtype)
+    def _source(self, plan: BucketPlan, chunk: SendChunk) -> Tensor:
+        return self._owned[chunk.box_index].data[chunk.box_slices].to(getattr(torch, plan.dtype))
 
     def _piece(self, plan: BucketPlan, index: int, payload: Tensor) -> Tensor:
         """The piece as rows of its HF tensor."""
         piece = plan.pieces[index]
-        start = piece.byte_offset // self._dtype.itemsize
-        count = piece.num_bytes // self._dtype.itemsize
+        start = piece.byte_offset // payload.itemsize
+        count = piece.num_bytes // payload.itemsize
         return payload[start : start + count].view(piece.num_rows, *self._mapping.hf_tensors[piece.name][1:])
 
 

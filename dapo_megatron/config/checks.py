@@ -11,16 +11,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dapo_megatron.config.expert_fields import EXPERT_FIELDS
 from dapo_megatron.config.fields import did_you_mean, either, nearest
 from dapo_megatron.config.layout_rules import ModelSizes, divisors, model_problems, rank_problems
 from dapo_megatron.config.schema import Config, SglangEngineConfig
 from dapo_megatron.types import ConfigError
 
 DENSE_MODEL_TYPES = ("llama", "qwen2", "qwen3")
-SUPPORTED_MODEL_TYPES = DENSE_MODEL_TYPES
-CONVERTED_MODEL_TYPES = ("qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3")
-"""Families that `checkpoint-tools` converts and a run refuses: the embedded engine cannot receive stacked experts yet."""
+SUPPORTED_MODEL_TYPES = (*DENSE_MODEL_TYPES, *EXPERT_FIELDS)
+LATENT_MODEL_TYPES = ("deepseek_v2", "deepseek_v3")
+"""Those with latent attention, whose weights SGLang servers cannot be proven to hold."""
 SUPPORTED_ROPE_TYPES = ("default", "llama3")
+LATENT_ROPE_TYPES = ("default", "yarn")
 SUPPORTED_ACTIVATIONS = ("silu",)
 
 COMPLETE_MARKER = "COMPLETE"
@@ -225,6 +227,12 @@ def _servers_of_model(config: Config, hf_config: Mapping[str, Any]) -> Iterator[
             f"rollout.engine.tensor_parallel_size ({engine.tensor_parallel_size}) must divide num_attention_heads ({num_heads}) of "
             f"{config.model.path}; use {either(divisors(num_heads, limit=64))}."
         )
+    model_type = hf_config.get("model_type")
+    if model_type in LATENT_MODEL_TYPES:
+        yield (
+            f"rollout.engine.type (sglang) must be hf for model_type ({model_type}) of {config.model.path}: what servers hold of latent attention "
+            "cannot be compared with what was sent; use the embedded engine, or a model with grouped-query attention."
+        )
     if engine.return_routed_experts and not hf_config.get("num_experts_per_tok"):
         yield f"rollout.engine.return_routed_experts must be false: {config.model.path} has no experts; remove it."
 
@@ -350,13 +358,18 @@ def _model_sizes(config: Config, hf_config: Mapping[str, Any]) -> ModelSizes:
         "num_attention_heads": num_heads,
         "num_key_value_heads": hf_config.get("num_key_value_heads") or num_heads,
     }
-    num_layers = hf_config.get("num_hidden_layers")
+    num_layers, model_type = hf_config.get("num_hidden_layers"), hf_config.get("model_type")
+    experts = EXPERT_FIELDS.get(str(model_type))
+    has_dense_layers = experts is None or experts.has_dense_layers(hf_config)
     return ModelSizes(
         name=str(config.model.path),
         num_layers=num_layers if isinstance(num_layers, int) else None,
         heads=_positive(heads),
-        widths=_positive({"intermediate_size": hf_config.get("intermediate_size")}),
-        has_experts=False if hf_config.get("model_type") in DENSE_MODEL_TYPES else None,
+        widths=_positive({"intermediate_size": hf_config.get("intermediate_size")}) if has_dense_layers else {},
+        has_experts=experts is not None if model_type in SUPPORTED_MODEL_TYPES else None,
+        num_experts=experts.number(hf_config) if experts else None,
+        expert_width=experts.width(hf_config) if experts else None,
+        **({"expert_width_field": experts.width_field} if experts else {}),
     )
 
 
@@ -398,12 +411,6 @@ def _evaluation(config: Config) -> Iterator[str]:
 def _architecture(config: Config, hf_config: Mapping[str, Any]) -> Iterator[str]:
     model = config.model.path
     model_type = hf_config.get("model_type")
-    if model_type in CONVERTED_MODEL_TYPES:
-        yield (
-            f"model_type ({model_type}) of {model} must be {either(SUPPORTED_MODEL_TYPES)} to be trained: experts and latent attention "
-            "can be converted with checkpoint-tools, not trained yet; use a dense model."
-        )
-        return
     if model_type not in SUPPORTED_MODEL_TYPES:
         yield f"model_type ({model_type}) of {model} must be {either(SUPPORTED_MODEL_TYPES)}; use a model of these families."
         return
@@ -414,11 +421,9 @@ def _architecture(config: Config, hf_config: Mapping[str, Any]) -> Iterator[str]
     if activation not in SUPPORTED_ACTIVATIONS:
         yield f"hidden_act ({activation}) of {model} must be {either(SUPPORTED_ACTIVATIONS)}; use a model with that activation."
     rope_type = _rope_type(hf_config)
-    if rope_type not in SUPPORTED_ROPE_TYPES:
-        yield (
-            f"rope type ({rope_type}) of {model} must be {either(SUPPORTED_ROPE_TYPES)}; "
-            "use a model without other position scaling."
-        )
+    rope_types = LATENT_ROPE_TYPES if model_type in LATENT_MODEL_TYPES else SUPPORTED_ROPE_TYPES
+    if rope_type not in rope_types:
+        yield (f"rope type ({rope_type}) of {model} must be {either(rope_types)}; use a model without other position scaling.")
     yield from _quantisation(config, hf_config)
     if hf_config.get("use_sliding_window"):
         yield f"use_sliding_window (true) of {model} must be false: attention is over the whole sequence; use another model."

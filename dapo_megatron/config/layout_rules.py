@@ -49,6 +49,7 @@ class ModelSizes:
     """None: unknown."""
     num_experts: int | None = None
     expert_width: int | None = None
+    expert_width_field: str = "moe_intermediate_size"
 
 
 def rank_problems(layout: LayoutSizes) -> Iterator[str]:
@@ -117,8 +118,8 @@ def _expert_problems(layout: LayoutSizes, model: ModelSizes) -> Iterator[str]:
         )
     if model.expert_width is not None and model.expert_width % expert_tensor:
         yield (
-            f"actor.expert_tensor_parallel_size ({expert_tensor}) must divide moe_intermediate_size ({model.expert_width}) of "
-            f"{model.name}; use {either(divisors(model.expert_width, limit=64))}."
+            f"actor.expert_tensor_parallel_size ({expert_tensor}) must divide {model.expert_width_field} "
+            f"({model.expert_width}) of {model.name}; use {either(divisors(model.expert_width, limit=64))}."
         )
     if model.has_experts and layout.world_size % (layout.pipeline_parallel_size * expert * expert_tensor):
         yield (

@@ -22,12 +22,18 @@ HIDDEN_SIZE = 64
 HEAD_DIM = 8
 
 
-def shrunk_config(hf_config: Mapping[str, Any], *, num_layers: int, tensor_parallel_size: int) -> dict[str, Any]:
+def shrunk_config(
+    hf_config: Mapping[str, Any], *, num_layers: int, tensor_parallel_size: int, expert_tensor_parallel_size: int = 1
+) -> dict[str, Any]:
     """The config.json with narrow layers, `num_layers` of them.
 
-    Heads, query groups, biases, norms, rope and tying stay, so that whatever divides or needs padding under
-    `tensor_parallel_size` still does. MappingError for an unsupported family.
+    Heads, query groups, biases, norms, rope, tying and the number of experts stay, so that whatever divides or needs padding under
+    these sizes still does. MappingError for an unsupported family.
     """
+    if hf_config.get("kv_lora_rank"):
+        raise MappingError(
+            f"model_type ({hf_config['model_type']}) has latent attention, of which no small model can be made; use --no-shrink"
+        )
     sizes = dense_sizes(with_defaults(hf_config))
     if sizes["f"] % tensor_parallel_size:
         raise MappingError(f"tensor parallel size ({tensor_parallel_size}) must divide intermediate_size ({sizes['f']})")
@@ -35,7 +41,8 @@ def shrunk_config(hf_config: Mapping[str, Any], *, num_layers: int, tensor_paral
         **hf_config,
         "hidden_size": HIDDEN_SIZE,
         "head_dim": HEAD_DIM,
-        "intermediate_size": 96 // math.gcd(96, tensor_parallel_size) * tensor_parallel_size,
+        "intermediate_size": math.lcm(96, tensor_parallel_size, expert_tensor_parallel_size),
+        **({"moe_intermediate_size": math.lcm(32, expert_tensor_parallel_size)} if "moe_intermediate_size" in hf_config else {}),
         "num_hidden_layers": num_layers,
         "vocab_size": 64 * tensor_parallel_size + sizes["v"] % tensor_parallel_size,
         "torch_dtype": "float32",
@@ -50,6 +57,7 @@ def shrunk_for(hf_config: Mapping[str, Any], actors: Sequence[ActorConfig]) -> d
         hf_config,
         num_layers=hf_config["num_hidden_layers"] if uneven else max(chunks, 2),
         tensor_parallel_size=math.lcm(*(a.tensor_parallel_size for a in actors)),
+        expert_tensor_parallel_size=math.lcm(*(a.expert_tensor_parallel_size for a in actors)),
     )
 
 

@@ -7,16 +7,20 @@ from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequ
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
+from dapo_megatron.config.checks import read_hf_config
 from dapo_megatron.config.schema import HfEngineConfig
 from dapo_megatron.rollout.decoding import Decoding
 from dapo_megatron.rollout.engine import GenerateRequest, GenerateResult, HoldsNothing
 from dapo_megatron.rollout.kv_cache import ATTENTION, register_attention
+from dapo_megatron.rollout.transformers_weights import hf_views
 from dapo_megatron.types import EngineError
+from dapo_megatron.weights.plan import compile_mapping
 from dapo_megatron.weights.receiver import BucketReceiver
 from dapo_megatron.weights.sync import WeightBucket, WeightManifest
 
@@ -55,6 +59,7 @@ class HfEngine(HoldsNothing):
         self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
         self._model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=_DTYPES[config.dtype], attn_implementation=ATTENTION)
         _check_full_attention(self._model.config, model_dir)
+        self._model_dir = model_dir
         self._model.to(device).eval().requires_grad_(False)
         self._max_batch_size = config.max_batch_size
         self._weight_version = 0
@@ -169,8 +174,7 @@ class HfEngine(HoldsNothing):
         """See `Engine.receive_bucket`. Writes into the live parameters; a bucket of another version starts a new update."""
         with self._updates("receive_bucket()"):
             if self._receiver is None or bucket.version != self._receiving_version:
-                # named_parameters() lists a tied lm_head once, as the embedding.
-                self._receiver = BucketReceiver(dict(self._model.named_parameters()), bucket.version)
+                self._receiver = BucketReceiver(self._live_tensors, bucket.version)
                 self._receiving_version = bucket.version
             with self._dropping_receiver_on_error():
                 await self._in_worker(self._receiver.receive, bucket)
@@ -184,6 +188,12 @@ class HfEngine(HoldsNothing):
                 await self._in_worker(self._receiver.commit, manifest)
             self._receiver = self._receiving_version = None
             self._weight_version = manifest.version
+
+    @cached_property
+    def _live_tensors(self) -> dict[str, torch.Tensor]:
+        """What is sent, as views of what the model holds."""
+        held = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
+        return hf_views(held, compile_mapping(read_hf_config(self._model_dir)).hf_tensors)
 
     @contextmanager
     def _updates(self, call: str) -> Iterator[None]:

@@ -118,7 +118,7 @@ def grouped_sdpa(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     grouped = query.reshape(batch, key.shape[1], num_heads // key.shape[1], head_dim)
     output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling"))
-    return output.reshape(batch, 1, num_heads, head_dim), None
+    return output.reshape(batch, 1, num_heads, value.shape[3]), None
 
 
 def register_attention() -> None:

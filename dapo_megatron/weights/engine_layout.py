@@ -16,7 +16,7 @@ from dapo_megatron.types import MappingError
 from dapo_megatron.weights.families import family_of, with_defaults
 from dapo_megatron.weights.plan import ModelMapping
 
-KNOWN_MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+KNOWN_MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral")
 VOCABULARY_MULTIPLE = 64
 """Rows of embedding and LM head are padded with zeros to a multiple of this (times the ranks, where they do not divide it)."""
 
@@ -66,7 +66,9 @@ _TABLE = (
     _Line(r"(.*\.mlp\.down_proj\.weight)", r"\1", "columns"),
     _Line(r"(.*\.mlp\.experts)\.\d+\.(?:gate|up)_proj\.weight", r"\1.w13_weight", "rows"),
     _Line(r"(.*\.mlp\.experts)\.\d+\.down_proj\.weight", r"\1.w2_weight", "columns"),
-    _Line(r"(.*\.mlp\.gate\.weight)", r"\1", "whole"),
+    _Line(r"(.*\.block_sparse_moe\.experts)\.\d+\.w[13]\.weight", r"\1.w13_weight", "rows"),
+    _Line(r"(.*\.block_sparse_moe\.experts)\.\d+\.w2\.weight", r"\1.w2_weight", "columns"),
+    _Line(r"(.*\.(?:mlp|block_sparse_moe)\.gate\.weight)", r"\1", "whole"),
     _Line(r"(.*norm\.weight)", r"\1", "whole"),
 )
 

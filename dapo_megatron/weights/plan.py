@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from dapo_megatron.types import MappingError
@@ -92,6 +93,14 @@ class ModelMapping:
             prove_tiling(name, tensor.shape[:1], mcore_rows, _TABLE_REMEDY)
         for hf_name, shape in self.hf_tensors.items():
             prove_tiling(hf_name, shape[:1], hf_rows[hf_name], _TABLE_REMEDY)
+
+    def dtype_of(self, hf_name: str, dtype: str) -> str:
+        """In which an HF tensor travels where the others have `dtype`, both by their torch names."""
+        return "float32" if hf_name in self._hf_tensors_in_fp32 else dtype
+
+    @cached_property
+    def _hf_tensors_in_fp32(self) -> frozenset[str]:
+        return frozenset(run.hf_name for tensor in self.tensors.values() if tensor.in_fp32 for run in tensor.runs)
 
     def canonical_name(self, name: str) -> str:
         """The name a megatron-core tensor has in `tensors`. MappingError when the model has no such tensor."""

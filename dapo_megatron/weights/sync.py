@@ -5,7 +5,8 @@ The protocol in words
     tensors. Both sides know their names, shapes and order from the model's config.json (`ModelMapping.hf_tensors`).
 2.  A version is sent as a row of buckets, then one manifest. A bucket is a flat array of bytes that holds whole rows of HF
     tensors, in HF layout, all of one dtype. Each stretch of rows is a piece. The pieces of all buckets, read one after the
-    other, are the HF tensors in order, rows ascending: each row once. A bucket is at most `bucket_bytes` long; a single row
+    other, are the HF tensors in order, rows ascending: each row once; those that stay fp32 (`in fp32` in a family's table) beside
+    another dtype come last. A bucket is at most `bucket_bytes` long; a single row
     longer than that is a bucket of its own.
 3.  Who fills which bytes is compiled once (`compile_send_plan`) and replayed for every version: for each bucket, each source
     rank has a list of chunks, rectangles of its boxes to be copied into rectangles of pieces. The chunks of all ranks tile the
@@ -87,6 +88,7 @@ class SendChunk:
 class BucketPlan:
     """What one bucket holds and who fills it. `chunks_by_rank` has the ranks with something to send, each in payload order."""
 
+    dtype: str
     pieces: tuple[BucketPiece, ...]
     num_bytes: int
     chunks_by_rank: Mapping[int, tuple[SendChunk, ...]]
@@ -103,20 +105,29 @@ def compile_send_plan(
     mapping: ModelMapping,
     boxes_by_rank: Sequence[Sequence[Box]],
     bucket_bytes: int,
-    itemsize: int,
+    dtype: str,
     *,
     whole_tensors: bool = False,
 ) -> SendPlan:
     """Plan the buckets of a model whose elements are owned as `boxes_by_rank[rank][box_index]`.
 
-    `itemsize` is the wire dtype's, in bytes. `whole_tensors`: no tensor is cut over buckets. MappingError names the HF tensor and
-    rows that no rank or two ranks would send.
+    `dtype` is a key of WIRE_ITEMSIZE; what the mapping keeps in fp32 has buckets of its own. `whole_tensors`: no tensor is cut over
+    buckets. MappingError names the HF tensor and rows that no rank or two ranks would send.
     """
-    if bucket_bytes <= 0 or itemsize <= 0:
-        raise MappingError(f"bucket_bytes ({bucket_bytes}) and itemsize ({itemsize}) must be positive; correct the call")
+    if bucket_bytes <= 0:
+        raise MappingError(f"bucket_bytes ({bucket_bytes}) must be positive; correct the call")
     copies = _copies_by_tensor(mapping, boxes_by_rank)
     cut = _whole_tensors_in_buckets if whole_tensors else _cut_into_buckets
-    return SendPlan(tuple(_plan_bucket(pieces, copies) for pieces in cut(mapping.hf_tensors, bucket_bytes, itemsize)))
+    tensors: dict[str, dict[str, tuple[int, ...]]] = {dtype: {}}
+    for name, shape in mapping.hf_tensors.items():
+        tensors.setdefault(mapping.dtype_of(name, dtype), {})[name] = shape
+    return SendPlan(
+        tuple(
+            _plan_bucket(pieces, copies, of_bucket)
+            for of_bucket, of_dtype in tensors.items()
+            for pieces in cut(of_dtype, bucket_bytes, WIRE_ITEMSIZE[of_bucket])
+        )
+    )
 
 
 def _copies_by_tensor(mapping: ModelMapping, boxes_by_rank: Sequence[Sequence[Box]]) -> dict[str, list[tuple[int, Copy]]]:
@@ -172,7 +183,7 @@ def _whole_tensors_in_buckets(
         yield tuple(pieces)
 
 
-def _plan_bucket(pieces: tuple[BucketPiece, ...], copies: Mapping[str, Sequence[tuple[int, Copy]]]) -> BucketPlan:
+def _plan_bucket(pieces: tuple[BucketPiece, ...], copies: Mapping[str, Sequence[tuple[int, Copy]]], dtype: str) -> BucketPlan:
     chunks: dict[int, list[SendChunk]] = defaultdict(list)
     for piece_index, piece in enumerate(pieces):
         for rank, copy in copies[piece.name]:
@@ -185,6 +196,7 @@ def _plan_bucket(pieces: tuple[BucketPiece, ...], copies: Mapping[str, Sequence[
             piece_slices = (slice(start - piece.row_start, stop - piece.row_start), *columns)
             chunks[rank].append(SendChunk(copy.box_index, box_slices, piece_index, piece_slices))
     return BucketPlan(
+        dtype=dtype,
         pieces=pieces,
         num_bytes=pieces[-1].byte_offset + pieces[-1].num_bytes,
         chunks_by_rank={rank: tuple(of_rank) for rank, of_rank in sorted(chunks.items())},
@@ -197,7 +209,7 @@ class BucketReader:
     def __init__(self, hf_tensors: Mapping[str, tuple[int, ...]], version: int) -> None:
         self._hf_tensors = dict(hf_tensors)
         self._version = version
-        self._dtype: str | None = None
+        self._dtypes: dict[str, str] = {}
         self._num_rows_read = dict.fromkeys(hf_tensors, 0)
 
     def read(self, bucket: WeightBucket) -> Iterator[tuple[BucketPiece, np.ndarray]]:
@@ -212,9 +224,6 @@ class BucketReader:
             )
         if bucket.dtype not in WIRE_ITEMSIZE:
             raise MappingError(f"bucket dtype ({bucket.dtype!r}) must be one of {', '.join(WIRE_ITEMSIZE)}; cast before sending")
-        self._dtype = self._dtype or bucket.dtype
-        if bucket.dtype != self._dtype:
-            raise FingerprintError(f"bucket dtype ({bucket.dtype}) must be {self._dtype} as in the first bucket; send one dtype")
         for piece in bucket.pieces:
             yield piece, self._bytes_of(piece, bucket)
 
@@ -232,6 +241,10 @@ class BucketReader:
         shape = self._hf_tensors.get(piece.name)
         if shape is None:
             raise MappingError(f"bucket has {piece.name}, which this engine does not; serve the model that is trained")
+        if self._dtypes.setdefault(piece.name, bucket.dtype) != bucket.dtype:
+            raise FingerprintError(
+                f"{piece.name}: bucket dtype ({bucket.dtype}) must be {self._dtypes[piece.name]} as of the rows before; send a tensor in one dtype"
+            )
         row_stop = piece.row_start + piece.num_rows
         num_bytes = piece.num_rows * math.prod(shape[1:]) * WIRE_ITEMSIZE[bucket.dtype]
         byte_stop = piece.byte_offset + piece.num_bytes

@@ -39,6 +39,12 @@ def load(directory: Path) -> torch.nn.Module:
     return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
 
 
+def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What the files hold: parameters, and the router bias, which is a buffer."""
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")}
+    return dict(model.named_parameters()) | buffers
+
+
 def per_expert(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors by the names of the files: transformers fuses the experts of a layer into two tensors in memory."""
     split = {}
@@ -106,7 +112,7 @@ def train(directory: Path, config: Config, batch: TrainBatch) -> OracleRun:
         optimizer.step()
         in_numpy = {name: gradient.numpy() for name, gradient in gradients.items()}
         updates.append(OracleUpdate(loss, step.num_loss_tokens, float(norm), in_numpy, num_clipped))
-    weights = per_expert({name: parameter.detach() for name, parameter in model.named_parameters()})
+    weights = per_expert({name: tensor.detach() for name, tensor in tensors(model).items()})
     return OracleRun(updates, {name: tensor.numpy() for name, tensor in weights.items()})
 
 

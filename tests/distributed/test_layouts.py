@@ -80,6 +80,7 @@ CASES = (
     Case("experts_ep2", DP2 | EP2, "qwen3_moe"),
     Case("experts_tp2_sp_etp2", TP2 | SP | ETP2, "qwen3_moe", num_updates=1),
     Case("experts_tp2_sp_dp2_ep4_recompute", DP4 | TP2 | SP | EP4 | FULL, "qwen3_moe", samples_per_micro_batch=1),
+    Case("latent_tp2_sp_ep2", TP2 | SP | EP2, "deepseek_v3"),
     Case("experts_pp2_dp2_ep2_plain_optimizer", DP4 | PP2 | EP2 | PLAIN_OPTIMIZER, "qwen3_moe_some_dense"),
 )
 
@@ -89,7 +90,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """`three_groups` has heads as in SmolLM2: 3 query groups of 3 heads, which 2 ranks do not divide."""
     folder = tmp_path_factory.mktemp("models")
     nine_heads = {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3}
-    with_experts = ("qwen3_moe", "qwen3_moe_some_dense")
+    with_experts = ("qwen3_moe", "qwen3_moe_some_dense", "mixtral", "deepseek_v2", "deepseek_v3", "moonlight")
     return {family: make_hf_model(folder / family, family) for family in (*FAMILIES, *with_experts)} | {
         "six_layers": make_hf_model(folder / "six_layers", "qwen3", num_hidden_layers=6),
         "three_groups": make_hf_model(folder / "three_groups", "llama3_tied", **nine_heads),
@@ -143,7 +144,7 @@ def test_every_layout_agrees_with_transformers(models: dict[str, Path], case: Ca
     loaded, got = run_ranks(programs.load_and_replay, config.actor.world_size, config, batch)[0]
     want = expected(model, count, case.num_updates)
 
-    before = oracle.per_expert(dict(oracle.load(model).named_parameters()))
+    before = oracle.per_expert(oracle.tensors(oracle.load(model)))
     assert loaded.keys() == got.gradients.keys() == got.weights.keys() == before.keys()
     for name, parameter in before.items():
         assert np.array_equal(loaded[name], parameter.detach().numpy()), name

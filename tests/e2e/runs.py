@@ -16,6 +16,7 @@ from tests.e2e.forked import Forked
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 QUICKSTART = REPOSITORY / "configs" / "quickstart.yaml"
+QUICKSTART_MOE = QUICKSTART.with_name("quickstart_moe.yaml")
 NOT_COMPARED = ("time/", "throughput/", "checkpoint/", "eval/")
 
 

@@ -12,15 +12,14 @@ import pytest
 from dapo_megatron.launcher.recorded_batch import record
 from dapo_megatron.types import OptimizerStepBatch, TrainBatch, TrainSample
 from tests.e2e.runs import run
-from tests.published_configs import QWEN3_8B
+from tests.published_configs import QWEN3_8B, QWEN3_235B_A22B
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("compare")
-    (folder / "config.json").write_text(json.dumps(QWEN3_8B))
-    file = folder / "run.yaml"
-    file.write_text(f"model: {{path: {folder}}}\ndata: {{path: unused}}\nrun: {{dir: {folder / 'run'}}}\n")
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_8B))
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model: {{path: {tmp_path}}}\ndata: {{path: unused}}\nrun: {{dir: {tmp_path / 'run'}}}\n")
     return file
 
 
@@ -31,14 +30,17 @@ def compare(config: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
 
 
 @pytest.mark.timeout(240)
-def test_tensor_and_pipeline_parallel_ranks_agree(config: Path):
-    code, report = compare(config, "--a", "actor.tensor_parallel_size=2", "--b", "actor.pipeline_parallel_size=2")
+def test_tensor_and_pipeline_parallel_ranks_agree_with_experts_shared_out_and_not(config: Path):
+    experts = QWEN3_235B_A22B | {"num_experts": 8, "num_experts_per_tok": 2}
+    (config.parent / "config.json").write_text(json.dumps(experts))
+    tensor_parallel = "actor.tensor_parallel_size=2,sequence_parallel=true,expert_parallel_size=2"
+    code, report = compare(config, "--a", tensor_parallel, "--b", "actor.pipeline_parallel_size=2")
     assert code == 0 and report["agree"] and report["disagreements"] == []
     assert report["layouts"]["A"]["tensor_parallel_size"] == report["layouts"]["B"]["pipeline_parallel_size"] == 2
     assert len(report["updates"]) == 2
     assert all(side["grad_norm"] > 0 for update in report["updates"] for side in update.values())
     names = {parameter["name"] for parameter in report["parameters"]}
-    assert len(names) == len(report["parameters"]) and "model.layers.1.self_attn.k_norm.weight" in names
+    assert len(names) == len(report["parameters"]) and "model.layers.1.mlp.experts.7.down_proj.weight" in names
     assert max(parameter["gradient"] for parameter in report["parameters"]) > 0, "the sums are in another order"
 
 

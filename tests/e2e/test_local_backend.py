@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.runs import rows, run, train, training_rows
+from tests.e2e.runs import QUICKSTART_MOE, rows, run, train, training_rows
 
 pytestmark = pytest.mark.timeout(300)  # starting the run they share counts for whoever comes first
 LOCAL = ("--cluster.backend", "local", "--actor.tensor_parallel_size", "1")
@@ -42,3 +42,16 @@ def test_an_evaluation_in_one_process_finds_what_the_run_found(folder: Path, loc
     done = run(folder, "evaluate", str(local_run), "--cluster.backend", "local", seconds=200)
     assert done.returncode == 0, done.stderr
     assert f"{rows(local_run)[-1]['eval/accuracy']:.3f}" in done.stdout
+
+
+def test_a_mixture_of_experts_is_trained_and_goes_on_from_its_checkpoint(folder: Path):
+    """Experts come from the actor as single tensors, and into the engine's stacked ones."""
+    for num_steps in ("2", "3"):
+        layout = ("--cluster.backend", "local", "--actor.num_ranks", "1", "--actor.expert_parallel_size", "1")
+        steps = ("--train.num_rollout_steps", num_steps, "--checkpoint.every", "2", "--eval.path", "null")
+        done = run(folder, "train", str(QUICKSTART_MOE), "--run.dir", str(folder / "experts"), *layout, *steps)
+        assert done.returncode == 0, done.stderr
+    steps = rows(folder / "experts")
+    assert [row["weights/version"] for row in steps] == [1, 2, 3]
+    assert all(row["actor/grad_norm"] > 0 for row in steps)
+    assert max(row["actor/log_prob_diff_max"] for row in steps) < 1e-4

@@ -9,6 +9,7 @@ from dapo_megatron.config.checks import check_config, read_hf_config
 from dapo_megatron.config.load import load_config
 from dapo_megatron.config.schema import Config
 from dapo_megatron.types import ConfigError
+from tests.published_configs import DEEPSEEK_V2_LITE
 
 HF_CONFIG = {
     "model_type": "llama",
@@ -207,7 +208,6 @@ def test_rule_across_sections(load, overrides, words):
     ("change", "words"),
     [
         ({"model_type": "mamba"}, "model_type (mamba)"),
-        ({"model_type": "qwen3_moe"}, "to be trained: experts and latent attention can be converted"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config of"),
         ({"quantization_config": FP8}, "(fp8) needs rollout.engine.type sglang (now hf)"),
         ({"hidden_act": "gelu"}, "hidden_act (gelu)"),
@@ -225,6 +225,45 @@ def test_fp8_model_is_served_by_sglang_in_bf16(load):
     hf_config = {**HF_CONFIG, "quantization_config": FP8}
     assert check_config(load(SGLANG), hf_config) == []
     assert "rollout.engine.dtype (fp32) must be bf16" in only_problem(load(SGLANG, "--rollout.engine.dtype=fp32"), hf_config)
+
+
+QWEN3_MOE = {**HF_CONFIG, "model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+MIXTRAL = {**HF_CONFIG, "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
+YARN = {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}
+DEEPSEEK = {**HF_CONFIG, **YARN, "model_type": "deepseek_v3", "n_routed_experts": 8, "moe_intermediate_size": 96}
+SHARED_HEADS = ["--actor.tensor_parallel_size=2", "--actor.sequence_parallel=true"]
+
+
+@pytest.mark.parametrize(
+    ("hf_config", "overrides"),
+    [
+        (QWEN3_MOE, ["--expert_parallel_size=4", "--actor.num_ranks=4"]),
+        (QWEN3_MOE, [*SHARED_HEADS, "--expert_parallel_size=2", "--rollout.engine.type=sglang"]),
+        (QWEN3_MOE | {"intermediate_size": 511}, [*SHARED_HEADS, "--expert_tensor_parallel_size=2"]),
+        (MIXTRAL, ["--pipeline_parallel_size=2", "--expert_parallel_size=2", "--actor.num_ranks=4"]),
+        (DEEPSEEK, ["--expert_parallel_size=2", "--actor.num_ranks=2"]),
+    ],
+)
+def test_models_with_experts_are_trained(load, hf_config, overrides):
+    assert check_config(load(*overrides), hf_config) == []
+
+
+@pytest.mark.parametrize(
+    ("hf_config", "overrides", "words"),
+    [
+        (QWEN3_MOE, ["--expert_parallel_size=3", "--num_ranks=3"], "actor.expert_parallel_size (3) must divide num_experts (8)"),
+        (QWEN3_MOE, ["--expert_tensor_parallel_size=5", "--num_ranks=5"], "must divide moe_intermediate_size (96)"),
+        (MIXTRAL, ["--expert_tensor_parallel_size=3", "--num_ranks=3"], "must divide intermediate_size (512)"),
+        (QWEN3_MOE, ["--expert_parallel_size=2"], "(1 x 2 x 1) must divide the actor's ranks (1)"),
+        (QWEN3_MOE, ["--actor.tensor_parallel_size=2"], "actor.sequence_parallel must be true"),
+        (DEEPSEEK, ["--expert_parallel_size=3", "--num_ranks=3"], "must divide num_experts (8)"),
+        (DEEPSEEK | {"intermediate_size": 511, "first_k_dense_replace": 1}, SHARED_HEADS, "must divide intermediate_size (511)"),
+        (DEEPSEEK, [SGLANG], "rollout.engine.type (sglang) must be hf for model_type (deepseek_v3)"),
+        (QWEN3_MOE | {"decoder_sparse_step": 2, "intermediate_size": 511}, SHARED_HEADS, "must divide intermediate_size (511)"),
+    ],
+)
+def test_layout_of_experts_follows_the_rules(load, hf_config, overrides, words):
+    assert words in only_problem(load(*overrides), hf_config)
 
 
 @pytest.mark.parametrize("name", ["expert_parallel_size", "expert_tensor_parallel_size"])
@@ -313,3 +352,11 @@ def test_unreadable_hf_config_is_an_error(tmp_path, content, words):
     with pytest.raises(ConfigError, match="config.json") as caught:
         read_hf_config(tmp_path)
     assert words in str(caught.value)
+
+
+def test_router_that_megatron_computes_otherwise_is_refused_before_anything_starts(load, model):
+    from dapo_megatron.train import model_problem
+
+    (problem,) = model_problem(load(), DEEPSEEK_V2_LITE | {"topk_method": "group_limited_greedy"})
+    assert problem.startswith(f"{model} cannot be trained: topk_method ('group_limited_greedy') must be 'greedy'")
+    assert model_problem(load(), DEEPSEEK_V2_LITE) == []

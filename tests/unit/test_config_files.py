@@ -13,7 +13,8 @@ OVER = {"aime2024": "dapo_qwen2.5_32b"}
 
 
 def test_shipped_configs_are_found():
-    assert {file.stem for file in CONFIGS} >= {"quickstart", "quickstart_sglang", "smollm2_gsm8k", "dapo_qwen2.5_32b", "aime2024"}
+    quick = {"quickstart", "quickstart_moe", "quickstart_sglang"}
+    assert {file.stem for file in CONFIGS} >= quick | {"smollm2_gsm8k", "dapo_qwen2.5_32b", "aime2024"}
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
@@ -24,6 +25,15 @@ def test_shipped_config_loads_and_lacks_nothing_but_its_files(file, tmp_path, mo
     hf_configs = {
         "quickstart": {"num_attention_heads": 4, "num_hidden_layers": 4, "intermediate_size": 128},
         "quickstart_sglang": {"num_attention_heads": 4, "num_hidden_layers": 4, "intermediate_size": 128},
+        "quickstart_moe": {
+            "model_type": "qwen3_moe",
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "intermediate_size": 128,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 4,
+        },
         "smollm2_gsm8k": {
             "num_attention_heads": 9,
             "num_key_value_heads": 3,

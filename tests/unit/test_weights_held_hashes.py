@@ -183,9 +183,8 @@ def test_tensors_out_of_turn_or_left_out_are_refused():
 
 
 def test_layout_that_is_not_known_is_refused():
-    config = QWEN2 | {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1}
-    with pytest.raises(MappingError, match="mixtral.*must be one of llama, qwen2"):
-        engine_layout(compile_mapping(config), config, 1, "cpu")
+    with pytest.raises(MappingError, match="deepseek_v2.*must be one of llama, qwen2"):
+        engine_layout(compile_mapping(QWEN2), QWEN2 | {"model_type": "deepseek_v2"}, 1, "cpu")
 
 
 def test_ranks_that_cannot_share_a_tensor_are_refused():

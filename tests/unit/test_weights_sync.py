@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dapo_megatron.types import FingerprintError, MappingError
-from dapo_megatron.weights.plan import compile_mapping
+from dapo_megatron.weights.plan import Box, compile_mapping
 from dapo_megatron.weights.receiver import BucketReceiver
 from dapo_megatron.weights.sync import ManifestBuilder, WeightBucket, WeightManifest, compile_send_plan
+from tests.published_configs import MOONLIGHT_16B_A3B
 from tests.unit.weights_simulation import CONFIGS, LLAMA_TIED, LLAMA_UNTIED, QWEN2, identity_fill, owned_boxes, simulate_ranks
 
 VERSION = 7
@@ -21,7 +22,7 @@ def send(config, tp=2, pp=1, bucket_bytes=1000, dtype="float32"):
     ranks = simulate_ranks(config, hf, tp, pp, vocab_multiple=8 * tp)
     torch_dtype = getattr(torch, dtype)
     boxes = [[torch.from_numpy(piece.expected).to(torch_dtype) for piece in rank if piece.owned] for rank in ranks]
-    plan = compile_send_plan(mapping, owned_boxes(ranks), bucket_bytes, torch_dtype.itemsize)
+    plan = compile_send_plan(mapping, owned_boxes(ranks), bucket_bytes, dtype)
     builder = ManifestBuilder(mapping.hf_tensors, VERSION)
     buckets = []
     for bucket_plan in plan.buckets:
@@ -69,7 +70,7 @@ def test_engine_holds_exactly_what_the_ranks_own(config, tp, pp, bucket_bytes):
 @given(bucket_bytes=st.integers(1, 5000), tp=st.sampled_from([1, 2, 4]), pp=st.sampled_from([1, 2]))
 def test_any_bucket_size_sends_every_row_once_and_stays_in_bounds(bucket_bytes, tp, pp):
     mapping, ranks = compile_mapping(QWEN2), simulate_ranks(QWEN2, identity_fill(QWEN2), tp, pp, vocab_multiple=8 * tp)
-    plan = compile_send_plan(mapping, owned_boxes(ranks), bucket_bytes, itemsize=2)
+    plan = compile_send_plan(mapping, owned_boxes(ranks), bucket_bytes, dtype="bfloat16")
     rows = dict.fromkeys(mapping.hf_tensors, 0)
     for bucket in plan.buckets:
         assert bucket.num_bytes == sum(piece.num_bytes for piece in bucket.pieces)
@@ -96,19 +97,19 @@ def test_element_that_no_rank_owns_fails_the_plan():
     boxes = owned_boxes(ranks)
     boxes[1] = [box for box in boxes[1] if box.name != "decoder.layers.2.self_attention.linear_proj.weight"]
     with pytest.raises(MappingError, match=r"layers\.2\.self_attn\.o_proj\.weight: rows 0:16, columns 8:16 covered by nothing"):
-        compile_send_plan(mapping, boxes, bucket_bytes=1000, itemsize=4)
+        compile_send_plan(mapping, boxes, bucket_bytes=1000, dtype="float32")
 
 
 def test_element_that_two_ranks_own_fails_the_plan():
     mapping, ranks = compile_mapping(LLAMA_UNTIED), simulate_ranks(LLAMA_UNTIED, identity_fill(LLAMA_UNTIED), tp=2)
     with_replicas = [[piece.box for piece in rank] for rank in ranks]
     with pytest.raises(MappingError, match=r"model\.norm\.weight: rows 0:16, columns 0:1 covered twice"):
-        compile_send_plan(mapping, with_replicas, bucket_bytes=1000, itemsize=4)
+        compile_send_plan(mapping, with_replicas, bucket_bytes=1000, dtype="float32")
 
 
 def test_bucket_size_must_be_positive():
     with pytest.raises(MappingError, match=r"bucket_bytes \(0\)"):
-        compile_send_plan(compile_mapping(LLAMA_TIED), [[]], bucket_bytes=0, itemsize=4)
+        compile_send_plan(compile_mapping(LLAMA_TIED), [[]], bucket_bytes=0, dtype="float32")
 
 
 @pytest.mark.filterwarnings("error")
@@ -226,3 +227,15 @@ def test_manifest_needs_every_bucket():
     builder.add(send(LLAMA_TIED)[0][0])
     with pytest.raises(FingerprintError, match="incomplete"):
         builder.build()
+
+
+def test_router_bias_travels_in_fp32_beside_weights_in_bf16():
+    mapping = compile_mapping(MOONLIGHT_16B_A3B | {"num_hidden_layers": 3})
+    whole = [Box(name, (0,) * len(tensor.shape), tensor.shape, tensor.shape) for name, tensor in mapping.tensors.items()]
+    buckets = compile_send_plan(mapping, [whole], 2**28, "bfloat16").buckets
+    dtypes = {piece.name: bucket.dtype for bucket in buckets for piece in bucket.pieces}
+    assert dtypes.keys() == mapping.hf_tensors.keys()
+    in_fp32 = {name for name, dtype in dtypes.items() if dtype == "float32"}
+    assert in_fp32 == {f"model.layers.{layer}.mlp.gate.e_score_correction_bias" for layer in (1, 2)}
+    (last,) = (bucket for bucket in buckets if bucket.dtype == "float32")
+    assert last is buckets[-1] and last.num_bytes == 2 * 64 * 4
