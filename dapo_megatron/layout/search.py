@@ -21,7 +21,7 @@ from dapo_megatron.layout.layer_time import Machine, TimeOptions
 from dapo_megatron.layout.layout import FULL_RECOMPUTE, Layout, Recompute
 from dapo_megatron.layout.memory import kv_cache_tokens, plan_memory
 from dapo_megatron.layout.memory_records import DEFAULT_OPTIONS, MemoryOptions, MemoryPlan, Precision
-from dapo_megatron.layout.model_shape import ModelShape
+from dapo_megatron.layout.model_shape import LatentAttention, ModelShape
 from dapo_megatron.layout.plan import Candidate, Plan, PlanRequest, Rejection
 from dapo_megatron.layout.space import cuts, recompute_choices, release_problem, rule_problem, token_limits
 from dapo_megatron.layout.states import stage_states
@@ -339,8 +339,11 @@ def _notes(request: PlanRequest) -> tuple[str, ...]:
         notes.append(
             f"responses are taken to have {workload.response_tokens:.0f} tokens on average, a third of the limit; measure it, or give it."
         )
-    if request.model.experts is not None or request.model.num_mtp_layers:
-        notes.append("this version converts models with experts and does not train them yet; the plan is for the day it does.")
+    if isinstance(request.model.attention, LatentAttention):
+        notes.append(
+            "this version trains models with latent attention beside the embedded engine only (rollout.engine.type hf); the plan is for the day "
+            "it takes SGLang servers too."
+        )
     if request.dtype == "fp32" or request.engine_dtype == "fp32":
         notes.append("fp32 is counted in memory; times are those of bf16, fp32 takes several times longer.")
     if request.calibration is not None:

@@ -232,8 +232,8 @@ def test_calibrated_plan_says_so():
     assert found.notes == ("corrected by 4 steps of runs/hot: rollout x0.50, train x0.25, sync x0.50.",)
 
 
-def test_assumed_lengths_and_models_that_are_not_trained_yet_are_noted(dense_plan, mixture_plan):
-    assert dense_plan.notes == () and "does not train them yet" in mixture_plan.notes[0]
+def test_assumed_lengths_are_noted(dense_plan, mixture_plan):
+    assert dense_plan.notes == mixture_plan.notes == ()
     assumed = plan(replace(DENSE, workload=replace(WORKLOAD, mean_response_tokens=None), top=1))
     assert "responses are taken to have 2731 tokens on average" in assumed.notes[0]
 

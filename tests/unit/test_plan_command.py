@@ -248,11 +248,13 @@ def test_gpu_of_a_file_goes_into_the_settings_that_are_written(monkeypatch, caps
     assert "on 8 x theirs" in words(capsys)
 
 
-def test_model_with_experts_is_planned_with_a_note(monkeypatch, capsys, tmp_path):
+def test_plan_of_a_model_with_experts_passes_the_checks_of_a_run(monkeypatch, capsys, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_235B_A22B))
-    arguments = (tmp_path, "--gpus", 64, "--gpu", "b200", "--explain", "tp=4,pp=4,ep=8,etp=1")
+    layout = tmp_path / "layout.yaml"
+    arguments = (tmp_path, "--gpus", 64, "--gpu", "b200", "--explain", "tp=4,pp=4,ep=8,etp=1", "--write", layout)
     plan = as_json(monkeypatch, capsys, *arguments)
-    assert any("converts models with experts and does not train them yet" in note for note in plan["notes"])
+    config = load_config([layout], [f"--model.path={tmp_path}", "--data.path=unused"])
+    assert config.actor.expert_parallel_size > 1 and check_layout(config, QWEN3_235B_A22B) == []
     assert all(layout["layout"].startswith("TP4 PP4") and "EP8" in layout["layout"] for layout in plan["layouts"])
 
 
