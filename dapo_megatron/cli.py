@@ -379,7 +379,7 @@ def plan(
     ] = None,
     everything: Annotated[
         bool,
-        typer.Option("--all", help="Plan also what this version cannot run, such as context parallelism."),
+        typer.Option("--all", help="Plan also what this version cannot run: an optimizer in host memory."),
     ] = False,
     top: Annotated[int, typer.Option("--top", min=1, help="Layouts to show.")] = 10,
     explain: Annotated[

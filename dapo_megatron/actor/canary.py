@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 
 from dapo_megatron.actor.micro_batch import to_tensors
 from dapo_megatron.actor.optimizer_state import parts_of
+from dapo_megatron.actor.parallel import context_share
 from dapo_megatron.actor.policy import Policy
 from dapo_megatron.actor.step import compute_log_probs, evaluate_loss
 from dapo_megatron.config.schema import Config
@@ -49,6 +50,7 @@ def measure(policy: Policy, config: Config, device: torch.device) -> Canary:
         device=device,
         implementation=policy.implementation,
         pad_to_multiple=policy.pack_multiple,
+        context=context_share(),
     )
     # Interleaved schedules want a multiple of the pipeline size; equal micro-batches have equal means.
     batches = [batch] * (parallel_state.get_pipeline_model_parallel_world_size() if config.actor.virtual_pipeline_size else 1)
@@ -59,8 +61,11 @@ def measure(policy: Policy, config: Config, device: torch.device) -> Canary:
     for chunk in policy.chunks:
         chunk.train()
     held: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(held, log_probs[0].tolist() if log_probs else None)
-    return Canary(_layout(config, device), tuple(next(item for item in held if item)), loss, _optimizer_sums(policy, device))
+    dist.all_gather_object(held, list(zip(batch.trained.tolist(), log_probs[0].tolist(), strict=True)) if log_probs else [])
+    # Of a token's copies the first rank's; context-parallel ranks have different tokens.
+    by_token = {token: value for of_rank in reversed(held) for token, value in of_rank}
+    in_order = tuple(by_token[token] for token in range(NUM_SAMPLES * NUM_RESPONSE_TOKENS))
+    return Canary(_layout(config, device), in_order, loss, _optimizer_sums(policy, device))
 
 
 def first_difference(saved: Canary, now: Canary) -> str | None:

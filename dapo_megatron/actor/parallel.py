@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from dapo_megatron.config.schema import Config
+from dapo_megatron.models.context_parallel import ContextShare
 from dapo_megatron.types import ConfigError
 
 
@@ -49,10 +50,15 @@ def destroy() -> None:
 
 
 def data_parallel_rank() -> int:
-    """Which share of a batch this rank trains on."""
+    """Which share of a batch this rank trains on; context-parallel ranks have one share together."""
     return parallel_state.get_data_parallel_rank()
 
 
+def context_share() -> ContextShare:
+    """Which part of each sequence of its share this rank has."""
+    return ContextShare(parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size())
+
+
 def holds_loss() -> bool:
-    """True on one rank per data-parallel copy: last pipeline stage, first tensor-parallel rank."""
+    """True where log-probs and losses count: last pipeline stage, first tensor-parallel rank. Context-parallel ranks have different tokens."""
     return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0

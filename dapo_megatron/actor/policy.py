@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +34,10 @@ class Policy:
 
     @property
     def pack_multiple(self) -> int:
-        """Packed lengths must be a multiple of this."""
-        return self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        """The tokens of a pack must be a multiple of this over all context-parallel ranks, to share them out evenly."""
+        context = self.config.context_parallel_size
+        sequence = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        return sequence if context == 1 else context * math.lcm(2, sequence)
 
     def zero_grad(self) -> None:
         """Clear gradient buffers and the optimizer's gradients."""

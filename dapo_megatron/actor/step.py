@@ -1,11 +1,11 @@
 """The DAPO loss inside megatron-core's forward_backward schedule.
 
-Shape letters: T packed tokens, R trained tokens of a micro-batch.
+Shape letters: T packed tokens, R trained tokens of a micro-batch, both of this rank: context-parallel ranks have different ones.
 
 The head computes the loss, a chunk of tokens at a time, and its gradient with it (`log_probs.py`). The loss function given to the
 schedule returns megatron-core's three-part form (loss sum, token count, metrics). With
 `calculate_per_token_loss=True` the schedule sums losses over micro-batches and `finalize_model_grads` divides the gradients by the
-token count over all micro-batches and data-parallel ranks, so each trained token counts once under every layout.
+token count over all micro-batches, data-parallel and context-parallel ranks, so each trained token counts once under every layout.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class LmHead:
 
 @dataclass(frozen=True, slots=True)
 class LossStatistics:
-    """Sums, then maxima, over the trained tokens of one optimizer step, over all micro-batches and data-parallel ranks."""
+    """Sums, then maxima, over the trained tokens of one optimizer step: all micro-batches, data-parallel and context-parallel ranks."""
 
     loss_sum: float
     num_loss_tokens: int
@@ -261,7 +261,7 @@ def _three_parts(output: tuple[Tensor, Tensor, Tensor], *, loss: MicroBatchLoss)
 
 
 def _reduce(stats: list[Tensor], device: torch.device) -> LossStatistics:
-    """Over micro-batches, then over all ranks; only one rank per data-parallel copy contributes."""
+    """Over micro-batches, then over all ranks; each trained token counts on one of them."""
     total = torch.zeros(_NUM_SUMS + _NUM_MAXIMA, dtype=torch.float64, device=device)
     if stats and holds_loss():
         stacked = torch.stack(stats)

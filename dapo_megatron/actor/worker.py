@@ -158,6 +158,7 @@ class ActorWorker:
                 device=self._device,
                 implementation=self.policy.implementation,
                 pad_to_multiple=self.policy.pack_multiple,
+                context=parallel.context_share(),
             )
             for samples in step.micro_batches[parallel.data_parallel_rank()]
         ]

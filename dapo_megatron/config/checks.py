@@ -35,6 +35,10 @@ OWNED_MEGATRON_FIELDS: Mapping[str, str] = {
     "num_layers_in_first_pipeline_stage": "actor.num_layers_in_first_pipeline_stage",
     "num_layers_in_last_pipeline_stage": "actor.num_layers_in_last_pipeline_stage",
     "context_parallel_size": "actor.context_parallel_size",
+    **dict.fromkeys(
+        ("cp_comm_type", "hierarchical_context_parallel_sizes", "hybrid_context_parallel", "max_seqlen_per_dp_cp_rank"),
+        "actor.context_parallel_size, whose cut of packed sequences goes with one way to exchange keys and values",
+    ),
     "expert_model_parallel_size": "actor.expert_parallel_size",
     "expert_tensor_parallel_size": "actor.expert_tensor_parallel_size",
     "sequence_parallel": "actor.sequence_parallel",

@@ -180,22 +180,22 @@ class ActorConfig(Section):
     """Layers of the first stage, which also holds the embedding. None: as many as a middle stage."""
     num_layers_in_last_pipeline_stage: PositiveInt | None = None
     """Layers of the last stage, which also holds the LM head. None: as many as a middle stage."""
-    context_parallel_size: Literal[1] = 1
-    """CP. Only 1 today."""
+    context_parallel_size: PositiveInt = 1
+    """CP: ranks that share out the tokens of each sequence. Samples of one prompt compute it each for itself then."""
     expert_parallel_size: PositiveInt = 1
-    """EP: ranks that share out the experts of a layer. Divides tensor x data-parallel ranks."""
+    """EP: ranks that share out the experts of a layer. Divides tensor x context x data-parallel ranks."""
     expert_tensor_parallel_size: PositiveInt = 1
     """ETP: ranks that an expert is cut over; tensor_parallel_size is for the layers outside the experts."""
     sequence_parallel: bool = False
     """Shard activations outside attention and MLP over the tensor-parallel ranks. Needs tensor_parallel_size > 1."""
     use_distributed_optimizer: bool = True
-    """Shard optimizer state over data-parallel ranks."""
+    """Shard optimizer state over data-parallel and context-parallel ranks."""
     pad_query_groups: bool = False
     """Let tensor_parallel_size not divide the model's query groups: all-zero groups are added, at the cost of their attention FLOPs."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recompute: selective recomputes core attention, full every layer."""
     max_tokens_per_micro_batch: PositiveInt = 16384
-    """Packed tokens of one micro-batch; a longer single sequence gets a micro-batch of its own."""
+    """Packed tokens of one micro-batch, over all context-parallel ranks; a longer single sequence gets a micro-batch of its own."""
     log_prob_chunk_tokens: PositiveInt = 1024
     """Tokens whose logits exist at the same time in the LM head."""
     offload: bool = False
@@ -209,7 +209,7 @@ class ActorConfig(Section):
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that hold one copy of the model."""
+        """Ranks that train on a batch share together: tensor x pipeline x context."""
         return self.tensor_parallel_size * self.pipeline_parallel_size * self.context_parallel_size
 
     @property
@@ -219,8 +219,13 @@ class ActorConfig(Section):
 
     @property
     def data_parallel_size(self) -> int:
-        """Copies of the model; `checks.py` proves that it divides."""
+        """Shares of a batch that are trained on at the same time; `checks.py` proves that it divides."""
         return self.world_size // self.model_parallel_size
+
+    @property
+    def num_weight_copies(self) -> int:
+        """Copies of the weights: context-parallel ranks have one each."""
+        return self.data_parallel_size * self.context_parallel_size
 
 
 HF_PREFILL_TOKENS = 16384

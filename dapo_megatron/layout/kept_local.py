@@ -2,7 +2,7 @@
 
 Norms compute in fp32 and keep a copy of their input, its normed form and the reciprocal root; the MLP keeps every step of SwiGLU;
 attention keeps queries, keys and values gathered into its tiles. Sequences of a micro-batch are taken to be equally long and to share
-no prompt: tiles are then the packed tokens themselves.
+no prompt: tiles are then the packed tokens themselves. What context-parallel ranks gather of each other's keys and values is not counted.
 """
 
 from __future__ import annotations

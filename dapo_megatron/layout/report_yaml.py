@@ -54,7 +54,7 @@ def _actor(layout: Layout) -> dict[str, Any]:
         "virtual_pipeline_size": layout.virtual_pipeline_size,
         "num_layers_in_first_pipeline_stage": layout.num_layers_in_first_pipeline_stage,
         "num_layers_in_last_pipeline_stage": layout.num_layers_in_last_pipeline_stage,
-        **({"context_parallel_size": layout.context_parallel_size} if layout.context_parallel_size > 1 else {}),
+        "context_parallel_size": layout.context_parallel_size,
         "expert_parallel_size": layout.expert_parallel_size,
         "expert_tensor_parallel_size": layout.expert_tensor_parallel_size,
         "sequence_parallel": layout.sequence_parallel,

@@ -77,7 +77,7 @@ def plan(request: PlanRequest, only: Callable[[Layout], bool] | None = None) -> 
             if len(fastest) > request.top:
                 heapq.heappop(fastest)
     candidates = _ranked(candidates)
-    return Plan(request, tuple(search.with_gains(candidates)), tuple(rejections), _notes(request))
+    return Plan(request, tuple(search.with_gains(candidates)), tuple(rejections), _notes(request, candidates))
 
 
 def memory_options(request: PlanRequest) -> MemoryOptions:
@@ -333,7 +333,7 @@ def _host_reason(memory: MemoryPlan, host_bytes: float) -> str:
     )
 
 
-def _notes(request: PlanRequest) -> tuple[str, ...]:
+def _notes(request: PlanRequest, candidates: list[Candidate]) -> tuple[str, ...]:
     workload, notes = request.workload, []
     if workload.mean_response_tokens is None:
         notes.append(
@@ -344,6 +344,8 @@ def _notes(request: PlanRequest) -> tuple[str, ...]:
             "this version trains models with latent attention beside the embedded engine only (rollout.engine.type hf); the plan is for the day "
             "it takes SGLang servers too."
         )
+    if any(candidate.layout.context_parallel_size > 1 for candidate in candidates):
+        notes.append("CP above 1 is tested on CPU ranks and has not been run on GPUs yet; probe such a layout first.")
     if request.dtype == "fp32" or request.engine_dtype == "fp32":
         notes.append("fp32 is counted in memory; times are those of bf16, fp32 takes several times longer.")
     if request.calibration is not None:

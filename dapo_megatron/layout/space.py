@@ -100,11 +100,6 @@ def rule_problem(request: PlanRequest, layout: Layout) -> str | None:
 
 def release_problem(layout: Layout) -> str | None:
     """Why this version cannot run a layout; None when it can."""
-    if layout.context_parallel_size > 1:
-        return (
-            f"actor.context_parallel_size ({layout.context_parallel_size}) must be 1 in this version: a rank trains on whole sequences; "
-            "use 1."
-        )
     if layout.optimizer_offload_fraction:
         return "an optimizer that computes in host memory is not part of this version; use actor.offload, or more ranks."
     if layout.swap_optimizer != layout.swap_parameters:
@@ -127,10 +122,6 @@ def _with_experts(
         ]
     for expert, expert_tensor in choices:
         layout = _cut(request, tensor, pipeline, context, expert, expert_tensor)
-        release = release_problem(layout) if request.only_runnable else None
-        if release:
-            yield Rejection(layout, "release", release, num_layouts=len(choices))
-            return
         if request.workload.max_sequence_tokens // context < MIN_TOKENS_OF_CONTEXT_RANK and context > 1:
             return
         yield from _with_stages(request, sizes, layout)

@@ -35,6 +35,11 @@ class PackedSequences(PackedSeqParams):
     scatter: Tensor | None = None
     rotation: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def num_keys(self) -> tuple[int, ...]:
+        """Keys that each tile has of a sequence."""
+        return tuple(longest for _, longest in self.tile_shapes)
+
 
 def pack_sequences(places: np.ndarray, lengths: np.ndarray, device: torch.device) -> PackedSequences:
     """Describe sequences by the places of their tokens in the pack, int64 [sum of lengths], in order; together they cover [0, T).
@@ -63,7 +68,7 @@ def _packed(
     lengths, starts = lengths[order], (np.cumsum(lengths) - lengths)[order]
     tokens = consecutive(starts, lengths)
     places, positions = places[tokens], positions[tokens]
-    shapes = _tiles(lengths.tolist())
+    shapes = tiles(lengths.tolist())
     first_slots = np.array([0, *np.repeat([longest for _, longest in shapes], [count for count, _ in shapes])]).cumsum()
     slots = consecutive(first_slots[:-1], lengths)
     gather = np.zeros(first_slots[-1], dtype=np.int64)
@@ -108,7 +113,7 @@ def consecutive(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
 
 
-def _tiles(lengths: Sequence[int]) -> list[tuple[int, int]]:
+def tiles(lengths: Sequence[int]) -> list[tuple[int, int]]:
     """Shapes (number of sequences, length of the longest) of tiles of neighbours; `lengths` fall."""
     shapes: list[tuple[int, int]] = []
     real = 0

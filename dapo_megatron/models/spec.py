@@ -77,6 +77,7 @@ def transformer_config(architecture: Architecture, model: ModelConfig, actor: Ac
         num_layers_in_first_pipeline_stage=actor.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=actor.num_layers_in_last_pipeline_stage,
         context_parallel_size=actor.context_parallel_size,
+        cp_comm_type="p2p",  # TransformerEngine's ring, which takes packs in the zig-zag cut of `context_parallel.py`
         expert_model_parallel_size=actor.expert_parallel_size,
         sequence_parallel=actor.sequence_parallel,
         # Packs differ in length, so pipeline stages exchange shapes; without this flag wrong shapes go unnoticed.

@@ -42,15 +42,18 @@ def load_and_replay(
     return received(worker.mapping, list(sender.send(1))), replay(worker, share, rollout_step=0)
 
 
-def log_probs(rank: int, init_method: str, config: Config, batch: TrainBatch) -> list[np.ndarray] | None:
-    """Log-probs of each micro-batch of the first optimizer step, on one rank per data-parallel copy."""
+def log_probs(rank: int, init_method: str, config: Config, batch: TrainBatch) -> list[tuple[np.ndarray, np.ndarray]] | None:
+    """Of each micro-batch of the first optimizer step: which trained tokens this rank has, and their log-probs; None where it has none."""
     from dapo_megatron.actor.parallel import holds_loss
     from dapo_megatron.actor.step import compute_log_probs
     from dapo_megatron.actor.worker import ActorWorker
 
     worker = ActorWorker(config, rank=rank, init_method=init_method)
-    values = compute_log_probs(worker.policy.chunks, worker.tensors(batch.optimizer_steps[0]), worker.policy.head)
-    return [value.numpy() for value in values] if holds_loss() else None
+    tensors = worker.tensors(batch.optimizer_steps[0])
+    values = compute_log_probs(worker.policy.chunks, tensors, worker.policy.head)
+    if not holds_loss():
+        return None
+    return [(one.trained.numpy(), value.numpy()) for one, value in zip(tensors, values, strict=True)]
 
 
 def load_and_compute_logits(
@@ -63,7 +66,7 @@ def load_and_compute_logits(
 
     from dapo_megatron.actor.live_weights import live_boxes, load_hf
     from dapo_megatron.actor.micro_batch import to_tensors
-    from dapo_megatron.actor.parallel import initialize
+    from dapo_megatron.actor.parallel import context_share, initialize
     from dapo_megatron.actor.policy import build_modules
     from dapo_megatron.actor.weight_sender import WeightSender
     from dapo_megatron.models.architecture import Architecture
@@ -78,7 +81,7 @@ def load_and_compute_logits(
     tensors = received(mapping, list(sender.send(1)))
 
     multiple = settings.tensor_model_parallel_size if settings.sequence_parallel else 1
-    batch = to_tensors(samples, device=device, implementation="local", pad_to_multiple=multiple)
+    batch = to_tensors(samples, device=device, implementation="local", pad_to_multiple=multiple, context=context_share())
 
     def forward(_: Any, model: Any) -> tuple:
         output = model(batch.input_ids, None, None, packed_seq_params=batch.packed)

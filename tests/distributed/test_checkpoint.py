@@ -63,8 +63,9 @@ def config_for(model: Path, **layout: Any) -> Config:
         {"pipeline_parallel_size": 2, "virtual_pipeline_size": 2},
         {"pipeline_parallel_size": 2, "num_ranks": 4},
         {"pipeline_parallel_size": 2, "use_distributed_optimizer": False},
+        {"context_parallel_size": 2},
     ],
-    ids=["tp2", "dp2", "dp2_plain_optimizer", "pp2_vpp2", "pp2_dp2", "pp2_plain_optimizer"],
+    ids=["tp2", "dp2", "dp2_plain_optimizer", "pp2_vpp2", "pp2_dp2", "pp2_plain_optimizer", "cp2"],
 )
 def test_a_loaded_checkpoint_goes_on_bit_by_bit(model: Path, tmp_path: Path, layout: dict[str, Any]):
     config = config_for(model, **layout)
@@ -88,8 +89,13 @@ def test_a_loaded_checkpoint_goes_on_bit_by_bit(model: Path, tmp_path: Path, lay
             {"pipeline_parallel_size": 2, "use_distributed_optimizer": False},
             {"tensor_parallel_size": 2, "use_distributed_optimizer": False},
         ),
+        ({"context_parallel_size": 2}, {"num_ranks": 2}),
+        ({"tensor_parallel_size": 2}, {"context_parallel_size": 2, "num_ranks": 4}),
     ],
-    ids=["tp2_to_pp2", "tp2dp2_to_tp4", "vpp_to_one_rank", "uneven_pp2_to_pp2", "pp2dp2_to_tp2", "pp2_plain_to_tp2_plain"],
+    ids=[
+        *("tp2_to_pp2", "tp2dp2_to_tp4", "vpp_to_one_rank", "uneven_pp2_to_pp2", "pp2dp2_to_tp2", "pp2_plain_to_tp2_plain"),
+        *("cp2_to_dp2", "tp2_to_cp2dp2"),
+    ],
 )
 def test_a_checkpoint_loads_under_another_layout(model: Path, tmp_path: Path, saved: dict[str, Any], read: dict[str, Any]):
     before, after = config_for(model, **saved), config_for(model, **read)

@@ -43,6 +43,7 @@ SELECTIVE, PLAIN_OPTIMIZER = {"recompute": "selective"}, {"use_distributed_optim
 FIRST1, LAST1 = {"num_layers_in_first_pipeline_stage": 1}, {"num_layers_in_last_pipeline_stage": 1}
 FIRST2, FIRST4 = {"num_layers_in_first_pipeline_stage": 2}, {"num_layers_in_first_pipeline_stage": 4}
 DP2, DP4 = {"num_ranks": 2}, {"num_ranks": 4}
+CP2, CP4 = {"context_parallel_size": 2}, {"context_parallel_size": 4}
 EP2, EP4, ETP2 = {"expert_parallel_size": 2}, {"expert_parallel_size": 4}, {"expert_tensor_parallel_size": 2}
 
 CASES = (
@@ -77,6 +78,13 @@ CASES = (
     Case("tp2_dp2_plain_optimizer", DP4 | TP2 | PLAIN_OPTIMIZER, num_updates=1),
     Case("pp2_dp2", DP4 | PP2, "qwen2", samples_per_micro_batch=1),
     Case("pp2_vpp2_dp2", DP4 | PP2 | VPP2, "qwen3"),
+    Case("cp2", CP2, "qwen3", samples_per_micro_batch=1),
+    Case("cp4_all_packed_full_recompute", CP4 | FULL, "qwen2", samples_per_micro_batch=8),
+    Case("cp2_tp2_sp", CP2 | TP2 | SP, "llama3_tied", samples_per_micro_batch=3),
+    Case("cp2_pp2_vpp2_first2_selective_recompute", CP2 | PP2 | VPP2 | FIRST2 | SELECTIVE, "six_layers"),
+    Case("cp2_dp2", CP2 | DP4, "qwen2"),
+    Case("cp2_dp2_plain_optimizer", CP2 | DP4 | PLAIN_OPTIMIZER, num_updates=1),
+    Case("experts_cp2_tp2_sp_ep2", CP2 | TP2 | SP | EP2, "qwen3_moe", num_updates=1),
     Case("experts_ep2", DP2 | EP2, "qwen3_moe"),
     Case("experts_tp2_sp_etp2", TP2 | SP | ETP2, "qwen3_moe", num_updates=1),
     Case("experts_tp2_sp_dp2_ep4_recompute", DP4 | TP2 | SP | EP4 | FULL, "qwen3_moe", samples_per_micro_batch=1),
@@ -162,18 +170,88 @@ def test_every_layout_agrees_with_transformers(models: dict[str, Path], case: Ca
         assert apart.max() <= 2 * way, name
 
 
-@pytest.mark.parametrize("layout", [TP2 | SP, PP2 | LAST1, DP2], ids=["tp2_sp", "pp2_last1", "dp2"])
+@pytest.mark.parametrize("layout", [TP2 | SP, PP2 | LAST1, DP2, CP2], ids=["tp2_sp", "pp2_last1", "dp2", "cp2"])
 def test_log_probs_agree_with_transformers(models: dict[str, Path], layout: dict[str, Any]):
-    """One rank per data-parallel copy reports log-probs, in the order of the copies."""
+    """Each trained token's on one rank of its data-parallel copy, which says which one it is."""
     config = programs.make_config(models["qwen3"], **layout)
     batch = cut(random_samples(), num_ranks=config.actor.data_parallel_size, samples_per_micro_batch=2)
-    reported = [values for values in run_ranks(programs.log_probs, 2, config, batch) if values is not None]
+    reported = [copies for copies in run_ranks(programs.log_probs, 2, config, batch) if copies is not None]
     reference = oracle.load(models["qwen3"])
-    for micro_batches, log_probs in zip(batch.optimizer_steps[0].micro_batches, reported, strict=True):
-        for samples, values in zip(micro_batches, log_probs, strict=True):
+    for copy, micro_batches in enumerate(batch.optimizer_steps[0].micro_batches):
+        parts = reported if layout == CP2 else [reported[copy]]
+        for index, samples in enumerate(micro_batches):
+            trained, log_probs = (np.concatenate(column) for column in zip(*(part[index] for part in parts), strict=True))
             with torch.no_grad():
                 wanted = torch.cat([oracle.sequence_log_probs(reference, sample) for sample in samples])
-            np.testing.assert_allclose(values, wanted.numpy(), atol=1e-4)
+            assert sorted(trained) == list(range(len(wanted)))
+            np.testing.assert_allclose(log_probs, wanted.numpy()[trained], atol=1e-4)
+
+
+def places_in_sequences(rank: int, init_method: str, lengths: list[int], size: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """By context-parallel rank, of packed tokens: their positions in ours, and the rows of angles that megatron-core gives them."""
+    from megatron.core.models.common.embeddings.rope_utils import _get_thd_freqs_on_this_cp_rank
+
+    from dapo_megatron.models.context_parallel import ContextShare, pack_context_parallel
+
+    rows = torch.arange(max(lengths))
+    found = []
+    for of_rank in range(size):
+        pack = pack_context_parallel(np.array(lengths), ContextShare(of_rank, size), torch.device("cpu"))
+        theirs = [_get_thd_freqs_on_this_cp_rank(of_rank, size, torch.empty(length // size), rows) for length in lengths]
+        assert pack.positions is not None
+        found.append((pack.positions.numpy(), torch.cat(theirs).numpy()))
+    return found
+
+
+def test_context_parallel_ranks_have_the_positions_that_megatron_core_rotates_by():
+    (found,) = run_ranks(places_in_sequences, 1, [24, 8, 40, 8], 4)
+    assert len(found) == 4
+    for ours, theirs in found:
+        assert ours.tolist() == theirs.tolist()
+
+
+def packs_of_two_ranks(rank: int, init_method: str, samples: tuple[TrainSample, ...]) -> list[tuple[Any, ...]]:
+    """What TransformerEngine's kernels are told on each of two context-parallel ranks, and the places in the pack that a rank has."""
+    from dapo_megatron.actor.micro_batch import to_tensors
+    from dapo_megatron.models.context_parallel import ContextShare
+
+    told = []
+    for of_rank in range(2):
+        share = ContextShare(of_rank, 2)
+        batch = to_tensors(
+            samples, device=torch.device("cpu"), implementation="transformer_engine", pad_to_multiple=8, context=share
+        )
+        packed = batch.packed
+        bounds = [packed.cu_seqlens_q, packed.cu_seqlens_kv, packed.cu_seqlens_q_padded, packed.cu_seqlens_kv_padded]
+        lengths = np.diff(packed.cu_seqlens_q.numpy())
+        columns = [x.numpy() for x in (batch.input_ids[0], batch.rows, batch.targets, batch.trained)]
+        numbers = [x.tolist() for x in bounds], packed.max_seqlen_q, packed.max_seqlen_kv, packed.pad_between_seqs
+        told.append((numbers, columns, share.places(lengths)))
+    return told
+
+
+def test_transformer_engine_is_told_whole_padded_sequences():
+    """Of 5, 2 and 9 packed tokens, padded to multiples of 4, and padding of its own behind them; each rank has half of each."""
+    rng = np.random.default_rng(0)
+    samples = tuple(
+        TrainSample(rng.integers(1, 99, prompt + response), prompt, np.zeros(response, np.float32), 1.0, 1.0)
+        for prompt, response in ((3, 3), (2, 1), (1, 9))
+    )
+    (told,) = run_ranks(packs_of_two_ranks, 1, samples)
+    whole, trained = np.full(24, -1), {}
+    for numbers, (input_ids, rows, targets, tokens), places in told:
+        assert numbers == ([[0, 8, 12, 24]] * 4, 12, 12, False)
+        assert len(input_ids) == 12
+        whole[places] = input_ids
+        trained |= dict(zip(tokens.tolist(), zip(places[rows].tolist(), targets.tolist(), strict=True), strict=True))
+    assert whole.tolist() == [
+        token
+        for sample, padding in zip(samples, (3, 2, 3), strict=True)
+        for token in (*sample.token_ids[:-1].tolist(), *[0] * padding)
+    ]
+    predicting = [2, 3, 4, 9, *range(12, 21)]
+    targets = [token for sample in samples for token in sample.token_ids[sample.num_prompt_tokens :].tolist()]
+    assert [trained[token] for token in range(13)] == list(zip(predicting, targets, strict=True))
 
 
 @pytest.mark.parametrize("layout", [TP2 | SP, PP2 | VPP2], ids=["tp2_sp", "pp2_vpp2"])
@@ -211,7 +289,7 @@ def train(rank: int, init_method: str, config: Config, batch: TrainBatch) -> dic
     return ActorWorker(config, rank=rank, init_method=init_method).train(batch, rollout_step=0)
 
 
-@pytest.mark.parametrize("layout", [TP2, PP2 | VPP2], ids=["tp2", "pp2_vpp2"])
+@pytest.mark.parametrize("layout", [TP2, PP2 | VPP2, CP2], ids=["tp2", "pp2_vpp2", "cp2"])
 def test_later_updates_keep_the_log_probs_of_the_weights_that_sampled(models: dict[str, Path], layout: dict[str, Any]):
     """Old log-probs are taken before the first update, so only the ratio moves, and the engine's values stay the yardstick."""
     reference = oracle.load(models["qwen3"])
@@ -228,10 +306,11 @@ def test_later_updates_keep_the_log_probs_of_the_weights_that_sampled(models: di
     assert metrics[0]["actor/log_prob_diff_max"] < 1e-4
 
 
-def test_an_empty_micro_batch_changes_nothing(models: dict[str, Path]):
+@pytest.mark.parametrize("layout", [TP2 | SP, CP2], ids=["tp2_sp", "cp2"])
+def test_an_empty_micro_batch_changes_nothing(models: dict[str, Path], layout: dict[str, Any]):
     batch = cut(random_samples(), num_ranks=1, samples_per_micro_batch=4)
     (step,) = batch.optimizer_steps
     padded = TrainBatch((replace(step, micro_batches=(((*step.micro_batches[0], ())),)),))
-    config = programs.make_config(models["llama"], **TP2, **SP)
+    config = programs.make_config(models["llama"], **layout)
     plain, with_empty = (run_ranks(train, 2, config, cuts)[0] for cuts in (batch, padded))
     assert with_empty == plain

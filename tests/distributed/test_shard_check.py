@@ -52,6 +52,14 @@ def test_copies_may_drift_where_that_is_configured(said: dict[str, tuple[str, se
     assert said["copy_that_may_drift"] == ("", set())
 
 
+def test_context_parallel_ranks_that_differ_are_named(tmp_path_factory: pytest.TempPathFactory):
+    model = make_hf_model(tmp_path_factory.mktemp("cp2") / "model", "llama3_tied")
+    (said, _), (_, names_of_copy) = run_ranks(send_with_faults, 2, programs.make_config(model, context_parallel_size=2))
+    assert "differ between ranks that hold copies of them" in said["copy"][0] and "(ranks 0, 1)" in said["copy"][0]
+    assert set(re.findall(r"(\S+) \(ranks? [01]", said["copy"][0])) <= names_of_copy
+    assert said["none"] == said["copy_that_may_drift"] == ("", set())
+
+
 def send_with_faults(rank: int, init_method: str, config: Config) -> tuple[dict[str, tuple[str, set[str]]], set[str]]:
     """Fault -> what the sender says on rank 0, and the tensors that suffer: one version each, then one without a fault.
 

@@ -59,6 +59,20 @@ def test_sound_config_has_no_problems(load):
     assert check_config(config, HF_CONFIG, frozenset()) == []
 
 
+def test_context_parallel_ranks_count_among_those_of_a_copy(load):
+    actor = load("--context_parallel_size=4", "--actor.tensor_parallel_size=2", "--num_ranks=16").actor
+    assert (actor.data_parallel_size, actor.num_weight_copies, load("--context_parallel_size=3").actor.world_size) == (2, 8, 3)
+    problem = only_problem(load("--actor.context_parallel_size=2", "--actor.tensor_parallel_size=2", "--actor.num_ranks=6"))
+    assert problem == ("actor.num_ranks (6) must be a multiple of tensor x pipeline x context parallel size (4); use 4, 8 or 16.")
+
+
+def test_how_context_parallel_ranks_exchange_keys_is_no_choice(load):
+    config = load("--context_parallel_size=2", "--actor.megatron_extra.cp_comm_type=a2a")
+    assert only_problem(config, fields=frozenset({"cp_comm_type"})).startswith(
+        "actor.megatron_extra.cp_comm_type must not be given: it is set by actor.context_parallel_size, whose cut"
+    )
+
+
 def test_uneven_stages_have_no_problems(load):
     uneven = load("--pipeline_parallel_size=3", "--num_layers_in_first_pipeline_stage=3", "--num_layers_in_last_pipeline_stage=1")
     interleaved = load("--pipeline_parallel_size=2", "--num_layers_in_first_pipeline_stage=6", "--virtual_pipeline_size=2")

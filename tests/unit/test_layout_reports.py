@@ -55,7 +55,8 @@ def config_of(tree: dict[str, Any]) -> Config:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_layout_comes_back_from_the_settings_written_for_it(layout: Layout, tmp_path: Path):
     base, file = tmp_path / "base.yaml", tmp_path / "layout.yaml"
-    base.write_text(yaml.safe_dump(BASE | {"actor": {"recompute": "full", "offload": True, "pipeline_parallel_size": 16}}))
+    other = {"recompute": "full", "offload": True, "pipeline_parallel_size": 16, "context_parallel_size": 16}
+    base.write_text(yaml.safe_dump(BASE | {"actor": other}))
     file.write_text(yaml_of(layout, request(), comments=("a layout",)))
     found = layout_of(load_config([base, file]))
     embedded = None if layout.engine else found.embedded  # the engine of a run that says nothing of engines

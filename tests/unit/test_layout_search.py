@@ -170,15 +170,20 @@ def test_rules_are_those_of_a_run():
     assert "actor.sequence_parallel must be true" in reason(MIXTURE, sequence_parallel=False)
 
 
-def test_what_this_version_cannot_run_is_left_out_unless_asked_for(dense_plan):
-    layout = replace(FITTING, context_parallel_size=2, data_parallel_size=1)
-    found = evaluate(DENSE, layout)
-    assert isinstance(found, Rejection) and found.kind == "release"
-    assert "actor.context_parallel_size (2) must be 1 in this version" in found.reason
-    assert isinstance(evaluate(replace(DENSE, only_runnable=False), layout), Candidate)
-    assert all(candidate.layout.context_parallel_size == 1 for candidate in dense_plan.candidates)
+def test_what_this_version_cannot_run_is_left_out_unless_asked_for():
     half = evaluate(DENSE, replace(FITTING, swap_optimizer=True))
-    assert isinstance(half, Rejection) and "actor.offload moves optimizer and parameters together" in half.reason
+    assert isinstance(half, Rejection) and half.kind == "release"
+    assert "actor.offload moves optimizer and parameters together" in half.reason
+    assert isinstance(evaluate(replace(DENSE, only_runnable=False), replace(FITTING, swap_optimizer=True)), Candidate)
+
+
+def test_context_parallelism_is_offered_where_a_sequence_is_long_enough_for_it(dense_plan):
+    """And fits where one rank cannot hold the activations of a sequence: 8192 tokens leave ranks of CP 8 1024, and CP 16 too few."""
+    sizes = {candidate.layout.context_parallel_size for candidate in dense_plan.candidates}
+    assert {1, 2} <= sizes and max(sizes) <= 8
+    two = replace(FITTING, context_parallel_size=2, data_parallel_size=1)
+    found = evaluate(DENSE, two)
+    assert isinstance(found, Candidate) and found.time.step_seconds > 0
 
 
 def test_logits_of_a_large_chunk_are_named_with_their_size():
@@ -229,11 +234,13 @@ def test_gains_name_changes_and_what_they_save(dense_plan):
 
 def test_calibrated_plan_says_so():
     found = plan(replace(DENSE, calibration=Calibration("runs/hot", 4, rollout=0.5, train=0.25, sync=0.5), top=1))
-    assert found.notes == ("corrected by 4 steps of runs/hot: rollout x0.50, train x0.25, sync x0.50.",)
+    assert found.notes[-1] == "corrected by 4 steps of runs/hot: rollout x0.50, train x0.25, sync x0.50."
 
 
-def test_assumed_lengths_are_noted(dense_plan, mixture_plan):
-    assert dense_plan.notes == mixture_plan.notes == ()
+def test_assumed_lengths_and_what_was_not_run_on_gpus_are_noted(dense_plan, mixture_plan):
+    for found in (dense_plan, mixture_plan):
+        has_context = any(candidate.layout.context_parallel_size > 1 for candidate in found.candidates)
+        assert ["CP above 1" in note for note in found.notes] == [True] * has_context
     assumed = plan(replace(DENSE, workload=replace(WORKLOAD, mean_response_tokens=None), top=1))
     assert "responses are taken to have 2731 tokens on average" in assumed.notes[0]
 

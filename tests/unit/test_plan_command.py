@@ -89,19 +89,18 @@ def test_json_accounts_for_every_layout_byte_and_second(monkeypatch, capsys, mod
     assert sum(item["seconds"] for item in best["time"]) == pytest.approx(best["step_seconds"])
     phases = [phase for stage in best["stages"] for phase in stage["phases"]]
     assert max(sum(item["num_bytes"] for item in phase["items"]) for phase in phases) == best["peak_bytes"]
-    cuts = [
-        (layout["settings"]["actor"]["tensor_parallel_size"], layout["settings"]["actor"]["pipeline_parallel_size"])
-        for layout in plan["layouts"]
-    ]
+    sizes = ("tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size")
+    cuts = [tuple(layout["settings"]["actor"].get(size, 1) for size in sizes) for layout in plan["layouts"]]
     assert len(set(cuts)) == len(cuts), "the best of each cut of the model"
 
 
 def test_layouts_that_this_version_cannot_run_are_marked(monkeypatch, capsys, model):
-    assert call(monkeypatch, model, *SMALL, "--all", "--explain", "cp=2,tp=2,pp=2", "--write", model / "never.yaml") == 2
+    few = (MODEL_FILE, "--gpus", 8, "--gpu", "h100-80", "--all")
+    assert call(monkeypatch, *few, "--explain", "tp=4,dp=2", "--write", model / "never.yaml") == 2
     assert "has nothing to write: no layout fits that this version can run" in capsys.readouterr().err
-    assert call(monkeypatch, model, *SMALL, "--all", "--top", 60) == 0
+    assert call(monkeypatch, *few) == 0
     text = words(capsys)
-    assert "CP2 DP4 * " in text and "* this version cannot run it" in text
+    assert "TP4 DP2 * " in text and "* this version cannot run it" in text
 
 
 def test_explained_layout_is_itemised(monkeypatch, capsys, model):

@@ -130,7 +130,7 @@ def test_planned_layouts_are_the_best_of_different_cuts(run_file: Path):
     assert len(layouts) == 3 and all(layout.planned_seconds for layout in layouts)
     actors = [load_config([run_file], layout.overrides).actor for layout in layouts]
     assert {actor.world_size for actor in actors} == {8}
-    assert len({(actor.tensor_parallel_size, actor.pipeline_parallel_size) for actor in actors}) == 3
+    assert len({(actor.tensor_parallel_size, actor.pipeline_parallel_size, actor.context_parallel_size) for actor in actors}) == 3
 
 
 def test_probe_without_a_gpu_to_plan_for_asks_for_one(run_file: Path):

@@ -219,7 +219,7 @@ def needed_host_bytes(config: Config, num_params: int, num_actor_nodes: int, *, 
     share = copies * state * num_params / num_actor_nodes
     processes = (config.actor.world_size + config.rollout.num_engines) / num_actor_nodes
     if not on_gpus:
-        share += (state + 4) * num_params * config.actor.data_parallel_size / num_actor_nodes
+        share += (state + 4) * num_params * config.actor.num_weight_copies / num_actor_nodes
         share += 4 * num_params * config.rollout.num_engines / num_actor_nodes
     return int(share + (processes * (GIB if on_gpus else GIB / 2)))
 
