@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_submodules,
     get_gpt_layer_with_transformer_engine_spec,
+    get_mlp_module_spec_for_backend,
 )
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -22,6 +23,8 @@ from dapo_megatron.config.schema import ActorConfig, ModelConfig
 from dapo_megatron.models.architecture import Architecture
 from dapo_megatron.models.attention import PackedSelfAttention
 from dapo_megatron.models.latent_attention import PackedLatentAttention
+from dapo_megatron.models.norm import LatentRMSNorm, SequenceParallelRMSNorm
+from dapo_megatron.models.swiglu import SwiGLUSpecProvider
 from dapo_megatron.types import ConfigError
 
 Implementation = Literal["local", "transformer_engine"]
@@ -95,6 +98,7 @@ def transformer_config(architecture: Architecture, model: ModelConfig, actor: Ac
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         bias_activation_fusion=fused,
+        use_te_activation_func=not fused,  # modules of the layer spec's own: `SwiGLU`
         bias_dropout_fusion=fused,
         apply_rope_fusion=fused and (architecture.latent_attention or {}).get("rope_type") != "rope",
         **RECOMPUTE[actor.recompute],
@@ -117,24 +121,6 @@ def experts_fields(experts: Mapping[str, Any], fused: bool) -> dict[str, Any]:
         moe_router_bias_update_rate=0.0,
         moe_grouped_gemm=fused,
     )
-
-
-class SequenceParallelRMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm, marked for megatron-core: under sequence parallelism its gradient is summed over tensor-parallel ranks.
-
-    megatron-core's WrappedTorchNorm refuses sequence parallelism.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object):
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-
-class LatentRMSNorm(SequenceParallelRMSNorm):
-    """DeepSeek's norm of a latent: its epsilon is 1e-6 whatever `rms_norm_eps` says (Moonlight: 1e-5)."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object):
-        super().__init__(config, hidden_size, eps=1e-6)
 
 
 def block_spec(
@@ -167,6 +153,9 @@ def _local_layer(config: TransformerConfig, has_experts: bool) -> ModuleSpec:
         qk_layernorm=config.qk_layernorm,
         multi_latent_attention=config.multi_latent_attention,
         normalization="RMSNorm",
+    )
+    submodules.mlp = get_mlp_module_spec_for_backend(
+        SwiGLUSpecProvider(), config.num_moe_experts if has_experts else None, use_te_activation_func=True
     )
     submodules.input_layernorm = submodules.pre_mlp_layernorm = SequenceParallelRMSNorm
     attention = submodules.self_attention.submodules
