@@ -94,7 +94,8 @@ class _HeadLoss(torch.autograd.Function):
         entropy = torch.zeros_like(log_probs)
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.zeros(hidden.shape if with_grad else 0, dtype=torch.float32, device=hidden.device)
-        grad_weight = torch.zeros(weight.shape if with_grad else 0, dtype=torch.float32, device=weight.device)
+        grad_weight = torch.empty(weight.shape if with_grad else 0, dtype=torch.float32, device=weight.device)
+        grad_weight[vocabulary.num_rows if hidden.shape[0] else 0 :].zero_()
         local_weight = weight[: vocabulary.num_rows]
         for chunk in _chunks(hidden, weight, targets, vocabulary, temperature, chunk_tokens):
             log_probs[chunk.rows], entropy[chunk.rows] = chunk.log_probs, chunk.entropy
@@ -103,10 +104,7 @@ class _HeadLoss(torch.autograd.Function):
             if with_grad:
                 grad_logits = chunk.to_grad(*(None if grad is None else grad / temperature for grad in grads)).to(hidden.dtype)
                 grad_hidden[chunk.rows] = grad_logits @ local_weight
-                if hidden.dtype == torch.float32:
-                    grad_weight[: vocabulary.num_rows].addmm_(grad_logits.t(), hidden[chunk.rows])
-                else:  # low-precision product, fp32 sum over chunks
-                    grad_weight[: vocabulary.num_rows].add_(grad_logits.t() @ hidden[chunk.rows])
+                _add_product(grad_weight[: vocabulary.num_rows], grad_logits.t(), hidden[chunk.rows], first=chunk.rows.start == 0)
                 del grad_logits
             chunk.drop_logits()
         ctx.grads = (grad_hidden, grad_weight, hidden.dtype, weight.dtype)
@@ -121,10 +119,22 @@ class _HeadLoss(torch.autograd.Function):
         assert scale is not None, "only the sum has a gradient"
         grad_hidden, grad_weight, hidden_dtype, weight_dtype = ctx.grads
         ctx.grads = None
-        grad_hidden.mul_(scale)
+        if scale.is_cuda or scale != 1:  # a comparison on CUDA would wait for the device
+            grad_hidden.mul_(scale)
+            grad_weight.mul_(scale)
         if ctx.group is not None:
             dist.all_reduce(grad_hidden, group=ctx.group)
-        return grad_hidden.to(hidden_dtype), grad_weight.mul_(scale).to(weight_dtype), *(None,) * 7
+        return grad_hidden.to(hidden_dtype), grad_weight.to(weight_dtype), *(None,) * 7
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """total += a @ b, in fp32; the first product is written over what `total` held."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b, beta=0 if first else 1)
+    elif first:
+        total.copy_(a @ b)
+    else:  # low-precision product, fp32 sum over chunks
+        total.add_(a @ b)
 
 
 def _loss_and_grads(loss: ChunkLoss, chunk: _Chunk, with_grad: bool) -> tuple[Tensor, tuple[Tensor | None, ...]]:
@@ -139,36 +149,40 @@ def _loss_and_grads(loss: ChunkLoss, chunk: _Chunk, with_grad: bool) -> tuple[Te
 
 @dataclass(slots=True)
 class _Chunk:
-    """Some rows and their fp32 logits [n, num_rows of this rank], which `to_grad` overwrites."""
+    """Some rows and exp(logits - maximum) of them, fp32 [n, num_rows of this rank], which `to_grad` overwrites.
+
+    `shift` [n] is maximum - log_normalizer: with it an exponential becomes a probability.
+    """
 
     rows: slice
-    logits: Tensor | None
+    exponentials: Tensor | None
     local_targets: Tensor
     owned: Tensor
-    log_normalizer: Tensor
+    shift: Tensor
     log_probs: Tensor
     entropy: Tensor
 
     def drop_logits(self) -> None:
         """Free them before the next chunk's are made."""
-        self.logits = None
+        self.exponentials = None
 
     def to_grad(self, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> Tensor:
-        """The gradient of the logits, in their place: dlogp/dl = onehot - p, dH/dl = -p * (log p + H)."""
-        assert self.logits is not None
-        logits = self.logits
-        for block in _blocks(logits):
-            normalizer = self.log_normalizer[block, None]
-            log_p = logits[block].sub_(normalizer)
-            factor = torch.zeros_like(normalizer) if grad_log_probs is None else -grad_log_probs[block, None]
+        """The gradient of the logits, in place of the exponentials: dlogp/dl = onehot - p, dH/dl = -p * (log p + H)."""
+        assert self.exponentials is not None
+        grad = self.exponentials
+        scale = self.shift.exp()
+        factor = torch.zeros_like(scale) if grad_log_probs is None else -grad_log_probs
+        for block in _blocks(grad):
             if grad_entropy is None:
-                log_p.exp_().mul_(factor)
-            else:
-                probabilities = log_p.exp()
-                log_p.add_(self.entropy[block, None]).mul_(-grad_entropy[block, None]).add_(factor).mul_(probabilities)
-        if grad_log_probs is not None and logits.shape[1]:
-            logits.scatter_add_(1, self.local_targets[:, None], (grad_log_probs * self.owned)[:, None])
-        return logits
+                grad[block].mul_((factor * scale)[block, None])
+                continue
+            of_entropy = -grad_entropy[block]
+            plain = (factor[block] + of_entropy * (self.shift + self.entropy)[block]) * scale[block]
+            with_log = torch.xlogy(grad[block], grad[block])
+            grad[block].mul_(plain[:, None]).addcmul_(with_log, (of_entropy * scale[block])[:, None])
+        if grad_log_probs is not None and grad.shape[1]:
+            grad.scatter_add_(1, self.local_targets[:, None], (grad_log_probs * self.owned)[:, None])
+        return grad
 
 
 def _chunks(
@@ -179,15 +193,14 @@ def _chunks(
     for start in range(0, hidden.shape[0], chunk_tokens):
         rows = slice(start, start + chunk_tokens)
         logits = _logits(hidden[rows], weight, vocabulary, temperature)
-        stats = _over_ranks(_statistics(logits, local_targets[rows], owned[rows]), vocabulary.group)
-        maximum, total, weighted, target_logits = stats
+        local = _exponentials_(logits, local_targets[rows], owned[rows])
+        maximum, total, weighted, target_logits = _over_ranks(local, vocabulary.group)
         scale = (maximum - maximum.amax(dim=0)).exp_()
         total = (total * scale).sum(dim=0)
         log_normalizer = maximum.amax(dim=0) + total.log()
         entropy = log_normalizer - (weighted * scale).sum(dim=0) / total
-        chunk = _Chunk(
-            rows, logits, local_targets[rows], owned[rows], log_normalizer, target_logits.sum(dim=0) - log_normalizer, entropy
-        )
+        log_probs = target_logits.sum(dim=0) - log_normalizer
+        chunk = _Chunk(rows, logits, local_targets[rows], owned[rows], local[0] - log_normalizer, log_probs, entropy)
         del logits
         yield chunk
 
@@ -205,19 +218,26 @@ def _logits(hidden: Tensor, weight: Tensor, vocabulary: Vocabulary, temperature:
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
-def _statistics(logits: Tensor, local_targets: Tensor, owned: Tensor) -> Tensor:
-    """Per row [4, rows]: maximum m, sum exp(l - m), sum exp(l - m) * l, and the target's logit where this rank owns it."""
+def _exponentials_(logits: Tensor, local_targets: Tensor, owned: Tensor) -> Tensor:
+    """Per row [4, rows]: maximum m, sum exp(l - m), sum exp(l - m) * l, and the target's logit where this rank owns it.
+
+    In place, logits become exp(l - m).
+    """
     if not logits.shape[1]:  # only padding rows here: nothing to add to the other ranks'
         stats = torch.zeros(4, logits.shape[0], dtype=torch.float32, device=logits.device)
         stats[0] = -torch.inf
         return stats
+    targets = logits.gather(1, local_targets[:, None]).squeeze(1) * owned
     maximum = logits.amax(dim=-1)
     total, weighted = torch.empty_like(maximum), torch.empty_like(maximum)
-    for block in _blocks(logits):
-        exp = (logits[block] - maximum[block, None]).exp_()
-        total[block] = exp.sum(dim=-1)
-        weighted[block] = exp.mul_(logits[block]).sum(dim=-1)
-    return torch.stack((maximum, total, weighted, logits.gather(1, local_targets[:, None]).squeeze(1) * owned))
+    blocks = _blocks(logits)
+    buffer = torch.empty_like(logits[blocks[0]])
+    for block in blocks:
+        exp = logits[block].sub_(maximum[block, None])
+        shifted = buffer[: exp.shape[0]].copy_(exp)
+        total[block] = exp.exp_().sum(dim=-1)
+        weighted[block] = shifted.mul_(exp).sum(dim=-1)
+    return torch.stack((maximum, total, weighted + maximum * total, targets))
 
 
 def _blocks(logits: Tensor) -> list[slice]:
