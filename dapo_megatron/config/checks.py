@@ -232,6 +232,13 @@ def _servers_of_model(config: Config, hf_config: Mapping[str, Any]) -> Iterator[
             f"{config.model.path}; use {either(divisors(num_heads, limit=64))}."
         )
     model_type = hf_config.get("model_type")
+    experts = EXPERT_FIELDS.get(str(model_type))
+    width = experts.width(hf_config) if experts else None
+    if experts and width and width % engine.tensor_parallel_size:
+        yield (
+            f"rollout.engine.tensor_parallel_size ({engine.tensor_parallel_size}) must divide {experts.width_field} ({width}) of "
+            f"{config.model.path}: servers cut each expert over their ranks; use {either(divisors(width, limit=64))}."
+        )
     if model_type in LATENT_MODEL_TYPES:
         yield (
             f"rollout.engine.type (sglang) must be hf for model_type ({model_type}) of {config.model.path}: what servers hold of latent attention "

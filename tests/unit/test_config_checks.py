@@ -272,6 +272,11 @@ def test_models_with_experts_are_trained(load, hf_config, overrides):
         (QWEN3_MOE, ["--actor.tensor_parallel_size=2"], "actor.sequence_parallel must be true"),
         (DEEPSEEK, ["--expert_parallel_size=3", "--num_ranks=3"], "must divide num_experts (8)"),
         (DEEPSEEK | {"intermediate_size": 511, "first_k_dense_replace": 1}, SHARED_HEADS, "must divide intermediate_size (511)"),
+        (
+            QWEN3_MOE | {"moe_intermediate_size": 90},
+            [SGLANG, "--rollout.engine.tensor_parallel_size=4"],
+            "(4) must divide moe_inter",
+        ),
         (DEEPSEEK, [SGLANG], "rollout.engine.type (sglang) must be hf for model_type (deepseek_v3)"),
         (QWEN3_MOE | {"decoder_sparse_step": 2, "intermediate_size": 511}, SHARED_HEADS, "must divide intermediate_size (511)"),
     ],
