@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import mmap
 import os
-import struct
 import time
 
-_PLACE, _STARTED = struct.Struct("<q"), struct.Struct("<d")
-_SIZE = _PLACE.size + _STARTED.size
+_SIZE = 16
 
 
 class ProgressMark:
-    """Written by one process at a time: the parent before it sends a request, the scorer from then on."""
+    """Written by one process at a time: the parent before it sends a request, the scorer from then on.
+
+    Each number is one store and one load of 8 bytes, so none is seen half written: such a time would be long past, and its scorer killed.
+    """
 
     def __init__(self, fd: int):
         """`fd` is that of `new_file`, in any process; it may be closed afterwards."""
         self._memory = mmap.mmap(fd, _SIZE)
+        self._places, self._times = memoryview(self._memory).cast("q"), memoryview(self._memory).cast("d")
 
     @staticmethod
     def new_file() -> int:
@@ -30,19 +32,21 @@ class ProgressMark:
 
     def begin(self, place: int) -> None:
         """The response at `place` of the request is being scored from now on."""
-        _STARTED.pack_into(self._memory, _PLACE.size, time.monotonic())  # first: a new place never has the time of the one before
-        _PLACE.pack_into(self._memory, 0, place)
+        self._times[1] = time.monotonic()  # first: a new place never has the time of the one before
+        self._places[0] = place
 
     @property
     def place(self) -> int:
         """Index of the response in its request."""
-        return _PLACE.unpack_from(self._memory, 0)[0]
+        return self._places[0]
 
     @property
     def started(self) -> float:
         """`time.monotonic()` of its beginning, a clock that all processes of a machine share."""
-        return _STARTED.unpack_from(self._memory, _PLACE.size)[0]
+        return self._times[1]
 
     def close(self) -> None:
         """Let go of the memory."""
+        self._places.release()
+        self._times.release()
         self._memory.close()
