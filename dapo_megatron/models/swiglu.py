@@ -1,4 +1,4 @@
-"""SwiGLU of the local layer spec: silu(gate) * up, keeping its input alone for the backward pass.
+"""SwiGLU of the local layer spec: silu(gate) * up, keeping its input alone for the backward pass, which writes the gradient over it.
 
 Shape letters: f hidden width of the MLP on this rank.
 """
@@ -24,7 +24,10 @@ class SwiGLU(torch.nn.Module):
         super().__init__()
 
     def forward(self, joined: Tensor, /) -> Tensor:
-        """The same bits as `silu(gate) * up`, forward and backward."""
+        """The same bits as `silu(gate) * up`, forward and backward.
+
+        `joined` must have no other reader, as the first linear layer's output has none; autograd refuses a second backward pass.
+        """
         return _SwiGLU.apply(joined)
 
 
@@ -47,8 +50,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (joined,), (grad,) = ctx.saved_tensors, grads
         gate, up = joined.chunk(2, dim=-1)
-        out = torch.empty_like(joined)
-        grad_gate, grad_up = out.chunk(2, dim=-1)
-        _silu(gate, out=grad_up).mul_(grad)
-        _silu_backward(torch.mul(grad, up, out=grad_gate), gate, grad_input=grad_gate)
-        return out
+        of_activation = grad * up
+        _silu(gate, out=up).mul_(grad)
+        _silu_backward(of_activation, gate, grad_input=gate)
+        return joined.detach()
