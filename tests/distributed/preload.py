@@ -1,4 +1,7 @@
-"""Imported once by the fork server: everything a rank needs, what the files import in which its program stands, and the command line."""
+"""Imported once by the fork server: everything a rank needs, what the files import in which its program stands, and the command line.
+
+Ray is left out: it reads its settings when it is loaded, and those of a worker come with the worker.
+"""
 
 import gc
 
@@ -20,7 +23,6 @@ import dapo_megatron.eval.measure
 import dapo_megatron.evaluate
 import dapo_megatron.launcher.controller
 import dapo_megatron.launcher.local_backend
-import dapo_megatron.launcher.ray.backend
 import dapo_megatron.rollout.hf_engine  # noqa: F401
 import tests.distributed.programs
 import tests.tiny_models  # noqa: F401

@@ -1,8 +1,8 @@
 """`python -m dapo_megatron` without the ten seconds in which it imports its packages.
 
 The process is forked from the fork server of tests/distributed/ranks.py, which has imported them. All else is its own, as it is of a
-process that a shell starts: arguments, environment, directory, output files, signals, exit code. The whole run of conftest.py and
-the jobs of tests/slurm start as users start them.
+process that a shell starts: arguments, environment, directory, output files, signals, exit code. Its ranks and engines are forked as
+well, see forked_workers.py. The whole run of conftest.py and the jobs of tests/slurm start as users start them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Self
 
 from tests.distributed.ranks import CONTEXT
+from tests.e2e import forked_workers
 
 
 class Forked:
@@ -89,6 +90,7 @@ def _main(module: str, arguments: list[str], folder: Path, files: Sequence[Path]
         os.close(file)
     os.chdir(folder)
     sys.argv[1:] = arguments
+    forked_workers.serve()
     multiprocessing.set_start_method(None, force=True)  # the default
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)

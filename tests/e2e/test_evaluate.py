@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.forked import Forked
-from tests.e2e.runs import rows, run, run_as_users_do
+from tests.e2e.runs import rows, run
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -57,7 +57,7 @@ def test_a_killed_evaluation_goes_on_and_finds_what_the_run_found(folder: Path, 
 
 
 def test_an_hf_directory_is_read_by_the_engines_themselves(folder: Path, whole_run: Path):
-    done = run_as_users_do(
+    done = run(
         folder,
         *("evaluate", "runs/quickstart-assets/model", "--data", "runs/quickstart-assets/max_of_two.heldout.jsonl"),
         *("--out", "hf", "--samples", "4", "--data.chat_template", "false", "--reward.type", "exact"),
