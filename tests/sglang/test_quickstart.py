@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from dapo_megatron.examples.max_of_two import split_pairs
+from tests.e2e.forked import Forked
 from tests.e2e.runs import REPOSITORY, rows
 from tests.sglang.conftest import Pair, needs_sglang
 
@@ -26,7 +27,7 @@ NUM_STEPS = 45
 class Run:
     """A `dapo-megatron train` of the SGLang quick start, with other settings."""
 
-    def __init__(self, folder: Path, process: subprocess.Popen[bytes]):
+    def __init__(self, folder: Path, process: Forked | subprocess.Popen[bytes]):
         self.folder, self.process = folder / "run", process
         self._output = folder / "output"
 
@@ -49,19 +50,25 @@ class Run:
         self.wait_for(lambda: len(self.rows) >= wanted)
 
 
+def as_users_do(
+    arguments: Sequence[str], folder: Path, output: Path, *, environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    """In place of Forked: in a process that is started as one of a shell is."""
+    command = [sys.executable, "-m", "dapo_megatron", *arguments]
+    with output.open("wb") as file:
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=file, stderr=file)
+
+
 @contextmanager
-def training(folder: Path, *overrides: str) -> Iterator[Run]:
-    command = [sys.executable, "-m", "dapo_megatron", "train", str(REPOSITORY / "configs" / "quickstart_sglang.yaml")]
-    command += ["--run.dir", str(folder / "run"), "--checkpoint.every", "0", "--train.stop_at_accuracy", "null", *overrides]
+def training(folder: Path, *overrides: str, start: Callable[..., Forked | subprocess.Popen[bytes]] = Forked) -> Iterator[Run]:
+    arguments = ["train", str(REPOSITORY / "configs" / "quickstart_sglang.yaml"), "--run.dir", str(folder / "run")]
+    arguments += ["--checkpoint.every", "0", "--train.stop_at_accuracy", "null", *overrides]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "ENGINE_KEY": os.environ.get("ENGINE_KEY", "")}
-    with (
-        (folder / "output").open("wb") as output,
-        subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=output) as process,
-    ):
+    with start(arguments, folder, folder / "output", environment=environment) as process:
         try:
             yield Run(folder, process)
         finally:
-            process.terminate()
+            process.send_signal(signal.SIGTERM)
 
 
 def version_on_return(output: str) -> int | None:
@@ -76,7 +83,7 @@ def assert_engine_samples_with_the_actors_weights(run: Run) -> None:
 
 
 def test_task_is_learnt_on_two_servers_although_one_is_killed_and_comes_back(tmp_path: Path):
-    with training(tmp_path, "--train.num_rollout_steps", "1000", "--eval.path", "null") as run:
+    with training(tmp_path, "--train.num_rollout_steps", "1000", "--eval.path", "null", start=as_users_do) as run:
         run.wait_for_rows(3)
         log = run.folder / "logs" / "engine_001.log"
         first, *_ = re.findall(r"Started server process \[(\d+)\]", log.read_text())
@@ -110,7 +117,7 @@ def test_run_on_servers_of_somebody_else_goes_on_while_one_hangs_and_sends_it_th
         "data.path": str(prompts),
         "eval.path": "null",
         "reward.type": "custom",
-        "reward.function": "tests.sglang.test_quickstart:length_is_even",
+        "reward.function": "tests.sglang.reward:length_is_even",
         "actor.tensor_parallel_size": "1",
         "rollout.engine.engine_urls": f"[{urls}]",
         "rollout.engine.api_key_env": "ENGINE_KEY",
@@ -132,8 +139,3 @@ def test_run_on_servers_of_somebody_else_goes_on_while_one_hangs_and_sends_it_th
         run.wait_for_rows(2)
         assert version_on_return(run.output) >= num_steps
         assert_engine_samples_with_the_actors_weights(run)
-
-
-def length_is_even(response: str, answer: str) -> float:
-    """A reward."""
-    return float(len(response) % 2 == 0)
