@@ -351,11 +351,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="timed steps of each side")
     parser.add_argument("--side", choices=("both", "ours", "trl"), default="both")
     parser.add_argument("--backend", choices=("local", "ray"), default="local", help="processes of our side, as cluster.backend")
+    parser.add_argument("--response-tokens", type=int, help="generated tokens of a sample")
     parser.add_argument("--trl-micro-batch", type=int)
     parser.add_argument("--trl-bf16", action="store_true", help="TRL's default precision, slower on a CPU without AMX")
     parser.add_argument("--model-dir", type=Path, help="an HF directory made by an earlier run; made when missing")
     arguments = parser.parse_args()
     setting = SETTINGS[arguments.model]
+    if arguments.response_tokens:
+        setting = replace(setting, num_response_tokens=arguments.response_tokens)
     if arguments.trl_micro_batch:
         setting = replace(setting, trl_micro_batch=arguments.trl_micro_batch)
     with tempfile.TemporaryDirectory() as name:
