@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dapo_megatron.layout.kept_local import norm_bytes
 from dapo_megatron.layout.layout import Layout
 from dapo_megatron.layout.memory_records import MemoryOptions
 from dapo_megatron.layout.model_shape import ModelShape
@@ -28,11 +29,12 @@ def head_memory(shape: ModelShape, layout: Layout, options: MemoryOptions) -> He
     h = shape.hidden_size
     vocab = shape.padded_vocab_size(options.vocab_multiple * tp) / tp
     rows = width * tokens * h
-    local_rows = rows / tp if layout.sequence_parallel else rows
+    local_tokens = tokens / tp if layout.sequence_parallel else tokens
+    local_rows = width * local_tokens * h
     weight_grad = options.precision.weight_bytes * vocab * h
     gathered = rows if layout.sequence_parallel else 0
-    # Final norm: its input and output; of the local spec a copy and the normed form in fp32 and the reciprocal roots.
-    kept = 2 * local_rows if options.kernels == "transformer_engine" else local_rows / width * 8 + 4 * tokens
+    # Final norm: its input and output, or what the local spec's keeps.
+    kept = 2 * local_rows if options.kernels == "transformer_engine" else local_tokens * norm_bytes(h, width)
     if options.head_loss == "chunked":
         chunk = min(layout.log_prob_chunk_tokens, tokens) * vocab
         held = 4 * tokens * h + 4 * vocab * h
